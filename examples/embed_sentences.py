@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-import normfx
 import torch
 from measure import accuracy, interleaved_latency
 from presentation import Outcome, make_console, model_table, neighbour_table, summary_table
@@ -29,6 +28,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from workloads import WORKLOADS, Workload
+
+import normfx
 
 
 @contextmanager

@@ -135,7 +135,9 @@ def gpt2() -> Workload:
 def vit() -> Workload:
     """ViT base/16 (12 layers, 768 channels) on one random 224 x 224 image."""
     torch.manual_seed(SEED)
-    model = ViTForImageClassification(ViTConfig(num_labels=1000))
+    config = ViTConfig()
+    config.num_labels = 1000
+    model = ViTForImageClassification(config)
     draw_trained_like_affine(model)
     batches = [{"pixel_values": torch.randn(1, 3, 224, 224)}]
     title = "ViT base/16, random weights, 1 image of 224 x 224"
