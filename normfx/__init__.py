@@ -1,0 +1,53 @@
+"""normfx: a backend for torch.compile that makes normalizations cheaper without changing the answer.
+
+    fast = torch.compile(model, backend="normfx")        # no import needed
+
+Names are imported on first use: dynamo lists every backend's entry point, and `import normfx` should cost nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+from typing import Any
+
+if TYPE_CHECKING:
+    from normfx.errors import InvariantError as InvariantError
+    from normfx.errors import NormfxError as NormfxError
+    from normfx.errors import OptionError as OptionError
+    from normfx.errors import StageError as StageError
+    from normfx.explanation import explain as explain
+    from normfx.live import refold as refold
+    from normfx.options import Options as Options
+    from normfx.record import Refusal as Refusal
+    from normfx.record import Site as Site
+    from normfx.reports import Report as Report
+    from normfx.reports import report as report
+    from normfx.reports import reset as reset
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "InvariantError": "errors",
+    "NormfxError": "errors",
+    "OptionError": "errors",
+    "StageError": "errors",
+    "explain": "explanation",
+    "refold": "live",
+    "Options": "options",
+    "Refusal": "record",
+    "Site": "record",
+    "Report": "reports",
+    "report": "reports",
+    "reset": "reports",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'normfx' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"normfx.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found

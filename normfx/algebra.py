@@ -1,0 +1,347 @@
+"""Polynomial normal form: the algebra in which normfx proves what a region of a graph computes.
+
+A value is a sum of monomials with exact rational coefficients. A monomial is a product of *atoms* with rational
+exponents. The atoms of one site are the normalized tensor x, its moments m_k = E[x^k] over the dims of the site,
+one atom per opaque operand (a weight, a gate, an eps that is a tensor), and one *compound* atom per distinct
+polynomial that a root or a reciprocal was taken of. Compounds are made monic first, so `1/sqrt(v + eps)`,
+`(v + eps)**-0.5` and `sqrt(c)/sqrt(c*v + c*eps)` share one atom; the constant in front becomes a root of a constant.
+
+The laws: addition, multiplication, (ab)^q = a^q b^q where that holds over the reals, Q^1 = Q for a compound Q, and
+E[x^k c] = m_k c for c free of x. There is no search and no simplification: equal values have equal normal forms,
+or are refused. Written here rather than with sympy's rings because exponents are rational and atoms appear as a
+region is read; the identities themselves are checked with sympy in the tests.
+
+This file knows no operator and no graph: `lift.py` translates operators, `classify.py` reads the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
+
+Exponent: TypeAlias = "int | Fraction"
+Monomial: TypeAlias = tuple[tuple[int, Exponent], ...]
+
+# Literals such as 1/768 arrive rounded to float64, so equal values may differ by a few units of 2^-53 in a
+# coefficient. Coefficients closer than this (relative) are the same: far above 2^-53 times the terms of a site,
+# far below the 6e-8 at which a float32-rounded literal would be a different number.
+COEFFICIENT_TOLERANCE = 1e-12
+
+ONE: Monomial = ()
+
+
+def close(a: Fraction | float, b: Fraction | float) -> bool:
+    """Whether two coefficients are the same number up to the rounding of literals."""
+    a, b = float(a), float(b)
+    return abs(a - b) <= COEFFICIENT_TOLERANCE * max(abs(a), abs(b))
+
+
+class Poly:
+    """A polynomial: monomial -> coefficient, without zero coefficients. Immutable by convention."""
+
+    __slots__ = ("terms",)
+
+    def __init__(self, terms: dict[Monomial, Fraction] | None = None) -> None:
+        self.terms = {} if terms is None else {m: c for m, c in terms.items() if c}
+
+    def __bool__(self) -> bool:
+        return bool(self.terms)
+
+    def __add__(self, other: Poly) -> Poly:
+        terms = dict(self.terms)
+        for monomial, coefficient in other.terms.items():
+            terms[monomial] = terms.get(monomial, Fraction(0)) + coefficient
+        return Poly(terms)
+
+    def scaled(self, factor: Fraction) -> Poly:
+        """This polynomial times a number."""
+        return Poly({m: c * factor for m, c in self.terms.items()})
+
+    def __neg__(self) -> Poly:
+        return self.scaled(Fraction(-1))
+
+    def __sub__(self, other: Poly) -> Poly:
+        return self + (-other)
+
+    def is_close(self, other: Poly) -> bool:
+        """Equality up to the rounding of literals; a term that the other lacks must be zero."""
+        return self.terms.keys() == other.terms.keys() and all(
+            close(c, other.terms[m]) for m, c in self.terms.items()
+        )
+
+    def constant(self) -> Fraction | None:
+        """The number this is, or None if it has atoms."""
+        if not self.terms:
+            return Fraction(0)
+        return self.terms.get(ONE) if len(self.terms) == 1 else None
+
+    def atoms(self) -> set[int]:
+        """The atoms that occur, not looking into compounds."""
+        return {atom for monomial in self.terms for atom, _ in monomial}
+
+
+def number(value: Fraction | float) -> Poly:
+    """A constant, as the exact rational of the literal."""
+    return Poly({ONE: Fraction(value)})
+
+
+@dataclass(frozen=True, slots=True)
+class Atom:
+    """What an atom stands for.
+
+    Attributes:
+        kind: "x", "abs-x", "moment", "opaque", "compound", "floor" or "constant".
+        key: k of a moment; the caller's key of an opaque operand; the number of a constant; None otherwise.
+        base: the polynomial of a compound, or the one that a floor is put under.
+        floor: the number or opaque polynomial e of max(base, e).
+        has_x: whether x occurs in it, outside of a moment.
+        has_moment: whether a moment occurs in it.
+        varies: the axes of x along which it is not constant.
+        nonnegative: whether it is provably >= 0 wherever it is defined.
+    """
+
+    kind: str
+    key: Hashable = None
+    base: Poly | None = None
+    floor: Poly | None = None
+    has_x: bool = False
+    has_moment: bool = False
+    varies: frozenset[int] = frozenset()
+    nonnegative: bool = False
+
+
+class Ring:
+    """The atoms of one site, and the operations that need to know what an atom is.
+
+    Args:
+        axes: the axes of x.
+        dims: those of them that the statistics of the site are taken over.
+    """
+
+    def __init__(self, axes: Iterable[int] = (0,), dims: Iterable[int] = (0,)) -> None:
+        self.axes, self.dims = frozenset(axes), frozenset(dims)
+        self.atoms: list[Atom] = []
+        self._index: dict[Hashable, int] = {}
+        self.x = self._generator(("x",), Atom("x", has_x=True, varies=self.axes))
+
+    def _generator(self, key: Hashable, atom: Atom, exponent: Exponent = 1) -> Poly:
+        index = self._index.setdefault(key, len(self.atoms))
+        if index == len(self.atoms):
+            self.atoms.append(atom)
+        elif atom.nonnegative:  # proved later than the atom was made
+            self.atoms[index] = atom
+        return Poly({((index, exponent),): Fraction(1)})
+
+    def moment(self, order: int) -> Poly:
+        """m_k = E[x^k] over the dims of the site."""
+        if order == 0:
+            return number(1)
+        varies = self.axes - self.dims
+        even = order % 2 == 0
+        return self._generator(("m", order), Atom("moment", order, has_moment=True, varies=varies, nonnegative=even))
+
+    def opaque(self, key: Hashable, varies: Iterable[int] = (), *, nonnegative: bool = False) -> Poly:
+        """An operand about which nothing is known but its identity and the axes it varies along."""
+        return self._generator(("o", key), Atom("opaque", key, varies=frozenset(varies), nonnegative=nonnegative))
+
+    # -- products and powers ---------------------------------------------------------------------
+
+    def mul(self, a: Poly, b: Poly) -> Poly:
+        """The product, with whole powers of compounds multiplied out."""
+        total: dict[Monomial, Fraction] = {}
+        pending: list[tuple[dict[int, Exponent], Fraction]] = []
+        for ma, ca in a.terms.items():
+            for mb, cb in b.terms.items():
+                exponents = dict(ma)
+                for atom, exponent in mb:
+                    exponents[atom] = exponents.get(atom, 0) + exponent
+                pending.append((exponents, ca * cb))
+        while pending:
+            exponents, coefficient = pending.pop()
+            expanded = self._expand_one(exponents, coefficient)
+            if expanded is not None:
+                pending.extend(expanded)
+                continue
+            monomial = tuple(sorted((atom, _whole(e)) for atom, e in exponents.items() if e))
+            total[monomial] = total.get(monomial, Fraction(0)) + coefficient
+        return Poly(total)
+
+    def _expand_one(
+        self, exponents: dict[int, Exponent], coefficient: Fraction
+    ) -> list[tuple[dict[int, Exponent], Fraction]] | None:
+        """One use of Q^1 = Q, c^1 = c or |x|^2 = x^2 on a monomial; None when none applies."""
+        for index, exponent in exponents.items():
+            atom = self.atoms[index]
+            if atom.kind == "constant" and (exponent >= 1 or exponent <= -1):
+                whole = int(exponent)
+                rest = {**exponents, index: exponent - whole}
+                return [(rest, coefficient * Fraction(atom.key) ** whole)]  # type: ignore[arg-type]
+            if atom.kind == "compound" and exponent >= 1:
+                assert atom.base is not None
+                rest = {**exponents, index: exponent - 1}
+                return [(_merge(rest, m), coefficient * c) for m, c in atom.base.terms.items()]
+            if atom.kind == "abs-x" and (exponent >= 2 or exponent <= -2):
+                even = 2 * int(exponent / 2)
+                rest = {**exponents, index: exponent - even}
+                return [(_merge(rest, ((0, even),)), coefficient)]
+        return None
+
+    def power(self, p: Poly, exponent: Exponent) -> Poly | None:
+        """p^q, or None where it is not provable over the reals (a root of something of unknown sign)."""
+        exponent = _whole(exponent)
+        if not p.terms:
+            return None
+        if exponent == 0:
+            return number(1)
+        if isinstance(exponent, int) and 0 < exponent <= 4:
+            result = p
+            for _ in range(exponent - 1):
+                result = self.mul(result, p)
+            return result
+        if len(p.terms) == 1:
+            return self._power_of_term(*next(iter(p.terms.items())), exponent)
+        return self._power_of_sum(p, exponent)
+
+    def _power_of_term(self, monomial: Monomial, coefficient: Fraction, exponent: Exponent) -> Poly | None:
+        result = self._power_of_number(coefficient, exponent)
+        for index, e in monomial:
+            atom = self.atoms[index]
+            if isinstance(exponent, int) or atom.nonnegative:
+                factor: Poly | None = Poly({((index, _whole(e * exponent)),): Fraction(1)})
+            elif atom.kind == "x" and e % 2 == 0:  # (x^2)^q = |x|^(2q)
+                absolute = self._generator(("abs",), Atom("abs-x", has_x=True, varies=self.axes, nonnegative=True))
+                factor = self.power(absolute, e * exponent)
+            else:
+                factor = None
+            if result is None or factor is None:
+                return None
+            result = self.mul(result, factor)
+        return result
+
+    def _power_of_number(self, c: Fraction, exponent: Exponent) -> Poly | None:
+        if isinstance(exponent, int):
+            return number(c**exponent)
+        if c <= 0:
+            return None
+        if c == 1:
+            return number(1)
+        root = self._generator(("c", c), Atom("constant", c, nonnegative=True))
+        return self.mul(Poly({((next(iter(root.atoms())), exponent),): Fraction(1)}), number(1))
+
+    def _power_of_sum(self, p: Poly, exponent: Exponent) -> Poly | None:
+        leading = p.terms[max(p.terms, key=self._rank)]
+        nonnegative = self.is_nonnegative(p)
+        if not isinstance(exponent, int) and leading < 0:
+            return None
+        monic = p.scaled(1 / leading)
+        parts = [self.atoms[i] for i in monic.atoms()]
+        key = ("q", frozenset((m, _rounded(c)) for m, c in monic.terms.items()))
+        base = self._generator(
+            key,
+            Atom(
+                "compound",
+                base=monic,
+                has_x=any(a.has_x for a in parts),
+                has_moment=any(a.has_moment for a in parts),
+                varies=frozenset().union(*(a.varies for a in parts)),
+                # a real root was taken of it, so it is >= 0 wherever the value is defined at all
+                nonnegative=nonnegative or not isinstance(exponent, int),
+            ),
+        )
+        front = self._power_of_number(leading, exponent)
+        if front is None:
+            return None
+        return self.mul(front, Poly({((next(iter(base.atoms())), exponent),): Fraction(1)}))
+
+    def floor(self, p: Poly, low: Poly) -> Poly | None:
+        """max(p, low): p itself where p >= 0 >= low is proved, else one atom."""
+        constant = low.constant()
+        if constant is not None and constant <= 0 and self.is_nonnegative(p):
+            return p
+        parts = [self.atoms[i] for i in p.atoms() | low.atoms()]
+        if any(a.has_x or a.has_moment for a in (self.atoms[i] for i in low.atoms())):
+            return None
+        key = ("f", tuple(sorted(p.terms.items())), tuple(sorted(low.terms.items())))
+        atom = Atom(
+            "floor",
+            base=p,
+            floor=low,
+            has_x=any(a.has_x for a in parts),
+            has_moment=any(a.has_moment for a in parts),
+            varies=frozenset().union(*(a.varies for a in parts)),
+            nonnegative=self.is_nonnegative(p) or (constant is not None and constant >= 0),
+        )
+        return self._generator(key, atom)
+
+    # -- facts -----------------------------------------------------------------------------------
+
+    def is_nonnegative(self, p: Poly) -> bool:
+        """Whether p >= 0 is proved: a sum of nonnegative terms, counting m2 - m1^2 (a variance) as one."""
+        rest = dict(p.terms)
+        m1, m2 = self._index.get(("m", 1)), self._index.get(("m", 2))
+        if m1 is not None and m2 is not None:
+            drop = rest.get(((m1, 2),), Fraction(0))
+            have = rest.get(((m2, 1),), Fraction(0))
+            if drop < 0 and have >= -drop * (1 - Fraction(COEFFICIENT_TOLERANCE)):
+                rest.pop(((m1, 2),))
+                rest[((m2, 1),)] = max(have + drop, Fraction(0))
+        return all(c >= 0 and all(self._is_nonnegative_power(a, e) for a, e in m) for m, c in rest.items())
+
+    def _is_nonnegative_power(self, index: int, exponent: Exponent) -> bool:
+        return self.atoms[index].nonnegative or (isinstance(exponent, int) and exponent % 2 == 0)
+
+    def expectation(self, p: Poly) -> Poly | None:
+        """E[p] over the dims of the site: x^k becomes m_k, what is free of x stays; None for anything else."""
+        total = Poly()
+        for monomial, coefficient in p.terms.items():
+            rest, order = [], 0
+            for index, exponent in monomial:
+                atom = self.atoms[index]
+                if atom.kind == "x" and isinstance(exponent, int) and exponent > 0:
+                    order = exponent
+                elif atom.has_x or atom.varies & self.dims:
+                    return None  # a mean of something other than a power of x: not a moment
+                else:
+                    rest.append((index, exponent))
+            term = Poly({tuple(rest): coefficient})
+            total = total + self.mul(term, self.moment(order))
+        return total
+
+    def split(self, p: Poly, keep: Iterable[str]) -> tuple[Poly, Poly]:
+        """The terms in which an atom of these kinds occurs, and the others."""
+        kinds = set(keep)
+        inside, outside = {}, {}
+        for monomial, coefficient in p.terms.items():
+            hit = any(self.atoms[i].kind in kinds for i, _ in monomial)
+            (inside if hit else outside)[monomial] = coefficient
+        return Poly(inside), Poly(outside)
+
+    def _rank(self, monomial: Monomial) -> tuple[int, ...]:
+        """Order in which a leading term is looked for: one with m2 (or its root) first, then any with a moment."""
+        m2 = self._index.get(("m", 2))
+        return (
+            any(i == m2 for i, _ in monomial),
+            any(self.atoms[i].has_moment for i, _ in monomial),
+            any(self.atoms[i].has_x for i, _ in monomial),
+            *(-i for i, _ in monomial),
+        )
+
+
+def _merge(exponents: dict[int, Exponent], monomial: Monomial) -> dict[int, Exponent]:
+    merged = dict(exponents)
+    for atom, exponent in monomial:
+        merged[atom] = merged.get(atom, 0) + exponent
+    return merged
+
+
+def _whole(exponent: Exponent) -> Exponent:
+    if isinstance(exponent, Fraction) and exponent.denominator == 1:
+        return int(exponent)
+    return exponent
+
+
+def _rounded(coefficient: Fraction) -> str:
+    return f"{float(coefficient):.11e}"

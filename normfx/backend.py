@@ -1,0 +1,109 @@
+"""The backend: what `torch.compile(model, backend="normfx")` calls for each graph.
+
+Registered through the entry-point group `torch_dynamo_backends`, so that normfx need not be imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from normfx.errors import StageError
+from normfx.live import LiveWeights
+from normfx.options import Options
+from normfx.pipeline import rewrite
+from normfx.pipeline import weights_are_tracked
+from normfx.record import Journal
+from normfx.reports import REPORTS
+from normfx.reports import payload
+from normfx.torch_internals import compile_with_inductor
+from normfx.torch_internals import inductor_settings
+from normfx.torch_internals import log_artifact
+
+log = logging.getLogger(__name__)
+
+
+def normfx(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compiles one of dynamo's graphs.
+
+    Args:
+        gm: the graph; not changed.
+        example_inputs: its inputs, parameters and buffers among them.
+        mode: as in `torch.compile`: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
+        options: see `normfx.Options`.
+
+    Returns:
+        A callable with the graph's inputs and outputs.
+
+    Raises:
+        OptionError: an unknown option or a value of the wrong type.
+        StageError: a stage failed and `strict` is set.
+    """
+    parsed = Options.parse(options)
+    settings = inductor_settings(mode, dict(parsed.inductor))
+    journal = Journal()
+    try:
+        compiled = _compile(gm, example_inputs, parsed, settings, journal)
+    except StageError as error:
+        if parsed.strict:
+            raise
+        journal.fallback = str(error)
+        journal.sites.clear()
+        journal.near_misses.clear()
+        warnings.warn(
+            f"{error}. The graph is left to plain Inductor; its results are not affected. "
+            'Pass options={"strict": True} to see the whole error.',
+            stacklevel=2,
+        )
+        compiled = gm if parsed.lowering == "eager" else compile_with_inductor(gm, example_inputs, settings)
+    REPORTS.add(journal)
+    _log(journal)
+    return compiled
+
+
+def _compile(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: Options,
+    settings: dict[str, Any],
+    journal: Journal,
+) -> Callable[..., Any]:
+    frozen = options.weights == "frozen"
+    tracked = frozen or weights_are_tracked(example_inputs)
+    rewritten = rewrite(gm, options, journal, tracked=tracked)
+    live = None
+    if rewritten.hoisted is not None:
+        live = LiveWeights(rewritten.hoisted, rewritten.module, frozen=frozen)
+    compiled: Callable[..., Any] = rewritten.module
+    if options.lowering == "inductor":
+        compiled = compile_with_inductor(rewritten.module, example_inputs, settings)
+    return compiled if live is None else live.wrap(compiled)
+
+
+def _log(journal: Journal) -> None:
+    log.info(
+        "%s: %d norms, %d tensors hoisted, %.0f ms",
+        journal.name,
+        len(journal.sites),
+        journal.hoisted,
+        1e3 * sum(journal.stages.values()),
+    )
+    if log.isEnabledFor(logging.DEBUG):
+        for site in journal.sites:
+            for record in site.records:
+                verdict = "changed" if record.changed else f"refused {record.code.value if record.code else ''}"
+                log.debug("%s %s %s %s %s", record.stage, record.rule, verdict, site.name, record.location)
+        for miss in journal.near_misses:
+            log.debug("recognise near miss %s %s %s", miss.code.value, miss.name, miss.location)
+    log_artifact("normfx_journal", payload(journal))

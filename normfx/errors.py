@@ -1,0 +1,19 @@
+"""The exceptions of normfx. A refusal of a rule is none of them: see `record.Refusal`."""
+
+from __future__ import annotations
+
+
+class NormfxError(Exception):
+    """Base of all exceptions that normfx raises itself."""
+
+
+class OptionError(NormfxError, ValueError):
+    """An option has an unknown name or a value of the wrong type."""
+
+
+class InvariantError(NormfxError, AssertionError):
+    """A stage left a graph in a state that no stage may leave it in."""
+
+
+class StageError(NormfxError, RuntimeError):
+    """A stage failed, under `strict`. Its cause is the exception that the stage raised."""

@@ -1,0 +1,67 @@
+"""Explain: what normfx would do to a model, without generating code."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from normfx.options import Options
+from normfx.pipeline import rewrite
+from normfx.pipeline import weights_are_tracked
+from normfx.record import Journal
+from normfx.reports import Report
+from normfx.errors import StageError
+
+
+def explain(
+    model: Callable[..., Any],
+    *,
+    dynamic: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Report]:
+    """The report of one call of a model: `print(normfx.explain(model)(*args))`.
+
+    The call runs the model (its graphs are traced, rewritten and then run eagerly); Inductor is not started. Code
+    compiled before stays valid, and `normfx.report()` does not change.
+
+    Args:
+        model: a module or a function, not compiled.
+        dynamic: as in `torch.compile`.
+        options: see `normfx.Options`.
+
+    Returns:
+        A function of the model's arguments that returns the `Report`.
+
+    Raises:
+        OptionError: an unknown option or a value of the wrong type.
+    """
+    parsed = Options.parse(options)
+
+    def explained(*args: Any, **kwargs: Any) -> Report:
+        journals: list[Journal] = []
+        lock = threading.Lock()
+
+        def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            journal = Journal()
+            tracked = parsed.weights == "frozen" or weights_are_tracked(example_inputs)
+            try:
+                rewrite(gm, parsed, journal, tracked=tracked)
+            except StageError as error:
+                if parsed.strict:
+                    raise
+                journal.fallback = str(error)
+            with lock:
+                journal.name = f"graph {len(journals)}"
+                journals.append(journal)
+            return gm
+
+        with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + 64):
+            torch.compile(model, backend=collect, dynamic=dynamic)(*args, **kwargs)
+        return Report(tuple(journals))
+
+    return explained

@@ -1,0 +1,215 @@
+"""Helpers over `torch.fx` graphs: the only place that reads a node's dtype, shape, storage and provenance.
+
+Metadata sits under `val` in the captured graph and under `example_value` in dynamo's; every stage reads it
+through the functions below, so that no pass depends on where it came from.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from normfx.torch_internals import is_fake
+from normfx.torch_internals import is_module_state
+
+_FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)')
+_MODULE_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['?([^\]']+)'?\]|\.(\w+)")
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value of a node (a tensor, a symbolic number, a tuple), or None if it has none."""
+    meta = node.meta
+    return meta["val"] if "val" in meta else meta.get("example_value")
+
+
+def tensor(node: Any) -> torch.Tensor | None:
+    """The fake tensor that a node holds, or None if the argument is no node or holds no tensor."""
+    held = value(node) if isinstance(node, fx.Node) else None
+    return held if isinstance(held, torch.Tensor) else None
+
+
+def shape(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:
+    """The shape of a node's tensor, or None."""
+    held = tensor(node)
+    return None if held is None else tuple(held.shape)
+
+
+def dtype(node: fx.Node) -> torch.dtype | None:
+    """The dtype of a node's tensor, or None."""
+    held = tensor(node)
+    return None if held is None else held.dtype
+
+
+def storage(node: fx.Node) -> int | None:
+    """An identity of the storage behind a node's tensor: equal for a tensor and its views."""
+    held = tensor(node)
+    if held is None or held.layout != torch.strided:
+        return None
+    try:
+        return held.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a tensor subclass without a storage of its own
+        return None
+
+
+def is_call(node: Any, *targets: object) -> bool:
+    """Whether the argument is a call of one of these targets."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def packet(node: fx.Node) -> torch._ops.OpOverloadPacket | None:
+    """The ATen operator that a node calls, without its overload, or None."""
+    target = node.target
+    if node.op == "call_function" and isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket
+    return None
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an ATen call by the names of its schema, defaults filled in."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload), target
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(target._schema.arguments):
+        if position < len(node.args) and not argument.kwarg_only:
+            bound[argument.name] = node.args[position]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def mutated_arguments(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose storage this node writes to, as its schema declares."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return []
+    if not target._schema.is_mutable and target.overloadpacket not in _WRITES_BUFFERS:
+        return []
+    written = []
+    for position, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            written += [a for a in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(a, fx.Node)]
+    if target.overloadpacket in _WRITES_BUFFERS:
+        written += _running_statistics(node)
+    return written
+
+
+# Composite operators whose schema hides that they update running statistics in training.
+_WRITES_BUFFERS = frozenset({torch.ops.aten.batch_norm, torch.ops.aten.instance_norm})
+
+
+def _running_statistics(node: fx.Node) -> list[fx.Node]:
+    bound = arguments(node)
+    if not bound.get("training", bound.get("use_input_stats")):
+        return []
+    return [bound[name] for name in ("running_mean", "running_var") if isinstance(bound[name], fx.Node)]
+
+
+def is_opaque_call(node: fx.Node) -> bool:
+    """Whether nothing is known of what a call does to its arguments (no ATen schema, no getitem)."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return False
+    return target not in (operator.getitem,) and getattr(target, "__module__", "") != "normfx.ops"
+
+
+def written_storages(graph: fx.Graph) -> set[int | None]:
+    """The storages that some node of the graph writes to."""
+    return {storage(argument) for node in graph.nodes for argument in mutated_arguments(node)}
+
+
+def state_placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """Inputs that are parameters, buffers or plain tensors of a module, and that the graph does not write to."""
+    written = written_storages(graph)
+    return [
+        node
+        for node in graph.find_nodes(op="placeholder")
+        if is_module_state(node) and is_fake(value(node)) and storage(node) not in written
+    ]
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a call only computes: no writes, no random numbers, known to ATen (or a part of a tuple)."""
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return not mutated_arguments(node) and torch.Tag.nondeterministic_seeded not in target.tags
+    spec = node.kwargs.get("spec")  # a canonical node
+    return target is operator.getitem or (spec is not None and spec.statistic != "batch")  # type: ignore[attr-defined]
+
+
+def parameter_only(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose value depends on parameters, buffers and constants alone, these themselves included.
+
+    A value whose storage is written to somewhere in the graph does not count.
+    """
+    written = written_storages(graph)
+    state = set(state_placeholders(graph))
+    for node in graph.nodes:
+        if node.op == "get_attr" and tensor(node) is not None:
+            state.add(node)
+        elif is_pure(node) and storage(node) not in written:
+            inputs = node.all_input_nodes
+            if inputs and all(i in state for i in inputs):
+                state.add(node)
+            elif not inputs and isinstance(value(node), torch.Tensor):  # arange, full, zeros
+                state.add(node)
+    return state
+
+
+def location(node: fx.Node) -> str:
+    """`file:line` of the user's line that made this node, or an empty string."""
+    found = [m for m in map(_FRAME.search, str(node.meta.get("stack_trace") or "").splitlines()) if m]
+    return f"{found[-1]['file']}:{found[-1]['line']}" if found else ""
+
+
+def module_path(node: fx.Node) -> str:
+    """The qualified name of the module whose forward made this node (`layers.0.norm`), or an empty string."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return clean_path(path)
+
+
+def clean_path(source: str) -> str:
+    """`L['self']._modules['layers']._modules['0'].norm` as `layers.0.norm`."""
+    steps = [next(part for part in match if part) for match in _MODULE_STEP.findall(source.removeprefix("L"))]
+    return ".".join(steps[1:])
+
+
+def inherit_meta(new: fx.Node, old: fx.Node) -> None:
+    """Gives a node the value and provenance of the node it stands for."""
+    for key in ("val", "stack_trace", "nn_module_stack", "source_fn_stack", "tensor_meta"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+
+
+def nodes_between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """The nodes strictly between two nodes, in order."""
+    node = first.next
+    while node is not last and node.op != "root":
+        yield node
+        node = node.next
+
+
+def erase_dead(nodes: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
+    """Erases those of the nodes that nothing reads any more, latest first, and returns them."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    erased = []
+    for node in sorted(nodes, key=lambda n: order.get(n, -1), reverse=True):
+        if not node.users and node.op in ("call_function", "get_attr"):
+            graph.erase_node(node)
+            erased.append(node)
+    return erased

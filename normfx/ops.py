@@ -1,0 +1,180 @@
+"""The canonical operation: one node for every member of the family. Its body defines what the node means.
+
+A node is a call of `norm` with tensors as arguments and one `NormSpec`; stages after recognise see no spelling,
+only the spec. The body is plain torch, so a graph with canonical nodes runs, differentiates and traces as it is,
+on tensors as well as on `torch.fx` proxies (which is how `lower` turns a node into ATen).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from typing import NamedTuple
+
+import torch
+
+
+class NormSpec(NamedTuple):
+    """What a normalization computes, apart from its operands.
+
+        y = scale * (x - centre*mean) / root * weight + bias
+
+    | eps_place | root |
+    | --- | --- |
+    | inside | sqrt(S + eps) |
+    | outside | sqrt(S) + eps |
+    | floor | max(sqrt(S), eps) |
+    | floor-inside | sqrt(max(S, eps)) |
+
+    A named tuple rather than a dataclass, because `torch.fx` prints and runs named tuples in a node's arguments.
+
+    Attributes:
+        kind: the usual name, for reports ("LayerNorm", "RMSNorm", "L2Norm", "GroupNorm", ...).
+        dims: the dims of x (non-negative) that the statistics are taken over; with groups, those of x viewed as
+            (batch, groups, channels // groups, *rest).
+        statistic: S: "variance", "mean-square", "sum-square", or "running" (given mean and variance), or
+            "batch" (BatchNorm in training: variance, and the running statistics are updated).
+        centre: whether the mean is subtracted.
+        correction: what is taken from the number of elements in a variance (1: unbiased).
+        eps: the number, or None: an operand holds it.
+        eps_place: where eps stands.
+        scale: a number in front.
+        groups: how many groups the channels (dim 1) are split into; 0: no groups.
+        stats_dtype: the dtype that statistics are computed in; for float16 and bfloat16 at least float32.
+        norm_dtype: what (x - mean) / root is rounded to before weight and bias are applied.
+        out_dtype: the dtype of the result.
+        momentum: of running statistics, in training.
+        affine_dim: the dim of x that a 1-d weight and bias belong to, or None: they broadcast as they are.
+        origin: the ATen operator this was, or "algebra".
+    """
+
+    kind: str
+    dims: tuple[int, ...]
+    statistic: str = "variance"
+    centre: bool = True
+    correction: int = 0
+    eps: float | None = 1e-5
+    eps_place: str = "inside"
+    scale: float = 1.0
+    groups: int = 0
+    stats_dtype: torch.dtype = torch.float32
+    norm_dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype = torch.float32
+    momentum: float = 0.0
+    affine_dim: int | None = None
+    origin: str = "algebra"
+
+
+def norm(
+    x: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: Any = None,
+    running_mean: Any = None,
+    running_var: Any = None,
+    *,
+    spec: NormSpec,
+    rank: int,
+) -> Any:
+    """scale * (x - mean) / root * weight + bias, as `spec` says.
+
+    Shapes:
+        x: any of this rank. weight, bias: broadcast against x, or (channels,) with `spec.affine_dim`.
+        running_mean, running_var: (channels,).
+
+    Dtypes:
+        statistics in `spec.stats_dtype`, the affine part by torch's promotion from `spec.norm_dtype` on, the result
+        in `spec.out_dtype`.
+
+    Args:
+        x: the tensor to normalize.
+        weight: factor, or None.
+        bias: summand, or None.
+        eps: a tensor in place of `spec.eps`, or None.
+        running_mean: statistics of "running" and "batch".
+        running_var: statistics of "running" and "batch".
+        spec: what to compute.
+        rank: the number of dims of x (a proxy cannot be asked).
+    """
+    if spec.statistic == "batch":
+        return torch.batch_norm(
+            x, weight, bias, running_mean, running_var, True, spec.momentum, _eps(spec, eps), False
+        )
+    affine_rank = rank
+    h = x.to(spec.stats_dtype)
+    if spec.groups:
+        h = h.unflatten(1, (spec.groups, -1))
+        rank += 1
+    if spec.statistic == "running":
+        shape = [1] * rank
+        shape[1 if rank > 1 else 0] = -1
+        divisor, inverse = _inverse_root(running_var.to(spec.stats_dtype).reshape(shape), spec, eps), True
+        h = h - running_mean.to(spec.stats_dtype).reshape(shape)
+    else:
+        divisor, inverse = _divisor(h, spec, eps)
+        h = h - h.mean(spec.dims, keepdim=True) if spec.centre else h
+    h = h * divisor if inverse else h / divisor
+    if spec.scale != 1.0:
+        h = h * spec.scale
+    if spec.groups:
+        h = h.flatten(1, 2)
+    h = h.to(spec.norm_dtype)
+    if weight is not None:
+        h = h * _aligned(weight, spec, affine_rank)
+    if bias is not None:
+        h = h + _aligned(bias, spec, affine_rank)
+    return h.to(spec.out_dtype)
+
+
+def _eps(spec: NormSpec, eps: Any) -> Any:
+    return spec.eps if eps is None else eps
+
+
+def _divisor(h: Any, spec: NormSpec, eps: Any) -> tuple[Any, bool]:
+    """(1/root, True) where eps stands under the square root, else (root, False).
+
+    A root without eps under it has an infinite slope at zero; the norm and the deviation of torch give a zero row a
+    zero gradient there, as `F.normalize` has it.
+    """
+    e = _eps(spec, eps)
+    variance = spec.statistic == "variance"
+    if spec.eps_place in ("outside", "floor"):
+        if variance:
+            root = torch.std(h, spec.dims, correction=spec.correction, keepdim=True)
+        elif spec.statistic == "sum-square":
+            root = torch.linalg_vector_norm(h, 2, spec.dims, keepdim=True)
+        else:
+            root = torch.sqrt((h * h).mean(spec.dims, keepdim=True))
+        return (root + e if spec.eps_place == "outside" else _at_least(root, e)), False
+    if variance:
+        square = torch.var(h, spec.dims, correction=spec.correction, keepdim=True)
+    elif spec.statistic == "sum-square":
+        square = (h * h).sum(spec.dims, keepdim=True)
+    else:
+        square = (h * h).mean(spec.dims, keepdim=True)
+    return _inverse_root(square, spec, eps), True
+
+
+def _inverse_root(square: Any, spec: NormSpec, eps: Any) -> Any:
+    e = _eps(spec, eps)
+    if spec.eps_place == "floor-inside":
+        return torch.rsqrt(_at_least(square, e))
+    return torch.rsqrt(square + e) if eps is not None or e else torch.rsqrt(square)
+
+
+def _at_least(value: Any, low: Any) -> Any:
+    return torch.clamp_min(value, low) if isinstance(low, (int, float)) else torch.maximum(value, low)
+
+
+def _aligned(operand: Any, spec: NormSpec, rank: int) -> Any:
+    if spec.affine_dim is None or spec.affine_dim == rank - 1:
+        return operand
+    return operand.reshape([-1] + [1] * (rank - 1 - spec.affine_dim))
+
+
+def short(number: float | None) -> float | None:
+    """A number as a person would write it: 1e-6 for the float32 nearest to it."""
+    if number is None or number == 0 or not math.isfinite(number):
+        return number
+    rounded = float(f"{number:.6g}")
+    return rounded if abs(rounded - number) <= 6e-8 * abs(number) else number

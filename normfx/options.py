@@ -1,0 +1,94 @@
+"""Options: every switch of normfx, parsed from the mapping that `torch.compile(options=...)` hands over."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import fields
+from typing import Any
+from typing import Literal
+from typing import get_args
+from typing import get_type_hints
+
+from normfx.errors import OptionError
+
+Lowering = Literal["inductor", "eager"]
+Weights = Literal["live", "frozen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The switches of normfx. All values are plain, so that they can be part of a cache key.
+
+    Attributes:
+        strict: raise what a stage raises, instead of falling back to plain Inductor with a warning.
+        lowering: "inductor" compiles the rewritten graph; "eager" runs it as it is (tests, debugging).
+        weights: "live" follows every update of a folded weight; "frozen" folds once and skips the check per call.
+        rules: names of the exact rules that may run; None: all that are on by default.
+        inductor: Inductor's own options, passed on as they are.
+    """
+
+    strict: bool = False
+    lowering: Lowering = "inductor"
+    weights: Weights = "live"
+    rules: tuple[str, ...] | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None) -> Options:
+        """Options from a mapping.
+
+        Args:
+            given: names and values; None and the empty mapping are the defaults.
+
+        Raises:
+            OptionError: a name is unknown (the nearest known one is named), or a value is not of its type.
+        """
+        known = {f.name for f in fields(cls)}
+        hints = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for name, value in (given or {}).items():
+            if name not in known:
+                raise OptionError(_unknown("option", name, known))
+            values[name] = _checked(name, value, hints[name])
+        return cls(**values)
+
+    def allows(self, rule: str) -> bool:
+        """Whether an exact rule may run."""
+        return self.rules is None or rule in self.rules
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    if name == "rules":
+        return _checked_rules(value)
+    choices = get_args(hint)
+    if choices and all(isinstance(c, str) for c in choices):
+        if value not in choices:
+            raise OptionError(f"option {name!r}: expected one of {', '.join(map(repr, choices))}, got {value!r}.")
+        return value
+    expected = Mapping if name == "inductor" else bool
+    if not isinstance(value, expected):
+        wanted = "a mapping of Inductor's options" if expected is Mapping else "True or False"
+        raise OptionError(f"option {name!r}: expected {wanted}, got {value!r}.")
+    return dict(value) if expected is Mapping else value
+
+
+def _checked_rules(value: Any) -> tuple[str, ...] | None:
+    from normfx.passes import RULES
+
+    if value is None:
+        return None
+    if isinstance(value, str) or not all(isinstance(rule, str) for rule in value):
+        raise OptionError(f"option 'rules': expected a list of rule names, got {value!r}.")
+    for rule in value:
+        if rule not in RULES:
+            raise OptionError(_unknown("rule", rule, set(RULES)))
+    return tuple(value)
+
+
+def _unknown(what: str, name: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(name, sorted(known), n=1)
+    meant = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown {what} {name!r}.{meant} Known: {', '.join(sorted(known))}."

@@ -1,0 +1,299 @@
+"""Fold: the weight and bias of a norm into the linear operators that read it.
+
+    norm(x; w, b) @ V^T + c  =  norm(x; 1, 0) @ (V diag(w))^T + (c + V b)        (FlashNorm, 2407.09577, 1 and 3)
+
+The folded weights are ordinary nodes of the graph: `hoist` moves them out of it. They are computed in float64 and
+rounded once. Every reader must take its share, or the norm keeps its affine part; a weight that has other readers
+stays whole, since a reader gets a weight of its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from normfx import graph as g
+from normfx.ops import norm
+from normfx.options import Options
+from normfx.record import Record
+from normfx.record import Refusal
+
+aten = torch.ops.aten
+
+RULE = "fold-affine-into-linear"
+
+# Views and copies that keep every row of the last dim whole and in place.
+_KEEPS_LAST_DIM = frozenset(
+    {
+        aten.view,
+        aten.reshape,
+        aten._unsafe_view,
+        aten.unsqueeze,
+        aten.squeeze,
+        aten.flatten,
+        aten.unflatten,
+        aten.expand,
+        aten.transpose,
+        aten.permute,
+        aten.slice,
+        aten.select,
+        aten.index,
+        aten.clone,
+        aten.contiguous,
+        aten.alias,
+        aten.detach,
+        aten.to,
+        aten._to_copy,
+        aten.dropout,
+        aten.chunk,
+        aten.split,
+        aten.split_with_sizes,
+        aten.unbind,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A linear operator that contracts the last dim of a norm's result with a parameter.
+
+    Attributes:
+        node: the operator.
+        weight: the parameter.
+        out_first: whether the parameter is (out, in); else (in, out).
+        bias: its bias, or None.
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    out_first: bool
+    bias: fx.Node | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why a norm keeps its affine part, and the node that made it so."""
+
+    code: Refusal
+    node: fx.Node
+
+
+def fold(gm: fx.GraphModule, options: Options, *, grad: bool, tracked: bool) -> None:
+    """Folds the affine part of every canonical norm whose readers are all linear.
+
+    Args:
+        gm: a graph with canonical nodes; changed in place.
+        options: says whether the rule may run.
+        grad: whether gradients flow; then nothing is folded, since the product would be computed in every step.
+        tracked: whether changes of the parameters can be noticed.
+
+    Every norm that has an affine part gets one record.
+
+    Refuses:
+        rule-off, needs-grad, weight-not-tracked, affine-not-constant, dim-not-last, no-reader, extra-user, reader-not-linear,
+        weight-not-constant, dtype-differs.
+    """
+    constant = g.parameter_only(gm.graph)
+    written = g.written_storages(gm.graph)
+    for node in list(gm.graph.nodes):
+        if not g.is_call(node, norm) or (node.args[1] is None and node.args[2] is None):
+            continue
+        site = node.meta["normfx_site"]
+        if node.args[0] in constant:
+            continue  # a standardised weight: hoist takes all of it
+        plan = _check(node, constant, written, options, grad=grad, tracked=tracked)
+        if isinstance(plan, Refused):
+            record = Record("fold", RULE, False, plan.code, plan.node.name, g.location(plan.node))
+        else:
+            _replace(gm.graph, node, plan)
+            names = ", ".join(reader.node.name for reader in plan)
+            record = Record("fold", RULE, True, None, node.name, site.location, f"into {names}")
+        site.records.append(record)
+
+
+def _check(
+    node: fx.Node, constant: set[fx.Node], written: set[int | None], options: Options, *, grad: bool, tracked: bool
+) -> list[Reader] | Refused:
+    if not options.allows(RULE):
+        return Refused(Refusal.RULE_OFF, node)
+    if grad:
+        return Refused(Refusal.NEEDS_GRAD, node)
+    if not tracked:
+        return Refused(Refusal.NOT_TRACKED, node)
+    spec = node.kwargs["spec"]
+    rank: int = node.kwargs["rank"]  # type: ignore[assignment]
+    sizes = g.shape(node)
+    if sizes is None or g.storage(node) in written:
+        return Refused(Refusal.MUTATED if sizes else Refusal.SHAPE_UNKNOWN, node)
+    for operand in node.args[1:3]:
+        if operand is None:
+            continue
+        if operand not in constant:
+            return Refused(Refusal.NOT_CONSTANT, operand)  # type: ignore[arg-type]
+        shape = g.shape(operand)  # type: ignore[arg-type]
+        along_last = shape is not None and all(str(s) == "1" for s in shape[:-1])
+        if not along_last or spec.affine_dim not in (None, rank - 1):
+            return Refused(Refusal.DIM_NOT_LAST, node)
+    readers: list[Reader] = []
+    pending = [(node, user) for user in node.users]
+    if not pending:
+        return Refused(Refusal.NO_READER, node)
+    while pending:
+        source, user = pending.pop()
+        if user.op == "output":
+            return Refused(Refusal.EXTRA_USER, user)
+        if _keeps_last_dim(source, user):
+            if g.storage(user) in written and g.storage(user) is not None:
+                return Refused(Refusal.MUTATED, user)
+            pending += [(user, next_user) for next_user in user.users]
+            continue
+        reader = _reader(source, user, constant)
+        if isinstance(reader, Refused):
+            return reader
+        readers.append(reader)
+    return sorted(set(readers), key=lambda r: r.node.name)
+
+
+def _keeps_last_dim(source: fx.Node, user: fx.Node) -> bool:
+    packet = g.packet(user)
+    if g.is_call(user, operator.getitem):
+        return isinstance(g.value(user), torch.Tensor)
+    if packet not in _KEEPS_LAST_DIM or user.args[0] is not source:
+        return False
+    old = g.value(source)
+    new = g.value(user)
+    if isinstance(old, (list, tuple)):
+        old = old[0]
+    parts = list(new) if isinstance(new, (list, tuple)) else [new]
+    if not all(isinstance(p, torch.Tensor) and p.dim() for p in parts) or not isinstance(old, torch.Tensor):
+        return False
+    rank = old.dim()
+    if any(str(p.shape[-1]) != str(old.shape[-1]) or p.dtype.is_floating_point != old.dtype.is_floating_point for p in parts):
+        return False
+    if packet in (aten.transpose, aten.permute):
+        order = list(range(rank))
+        if packet is aten.permute:
+            order = [d % rank for d in user.args[1]]  # type: ignore[union-attr]
+        else:
+            a, b = user.args[1] % rank, user.args[2] % rank  # type: ignore[operator]
+            order[a], order[b] = b, a
+        return order[-1] == rank - 1
+    if packet is aten.dropout:
+        return not user.args[2]
+    if packet in (aten.slice, aten.select, aten.chunk, aten.split, aten.split_with_sizes, aten.unbind):
+        dim = g.arguments(user).get("dim", 0)
+        return isinstance(dim, int) and dim % rank != rank - 1
+    if packet is aten.index:
+        indices = user.args[1]
+        return isinstance(indices, (list, tuple)) and (len(indices) < rank) and parts[0].dim() >= 1 and _rows_only(user, rank)
+    if packet in (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten):
+        return _rows_stay(old, parts[0])
+    if packet in (aten.unsqueeze, aten.squeeze):
+        return _rows_stay(old, parts[0])
+    if packet is aten.expand:
+        return str(parts[0].shape[-1]) == str(old.shape[-1])
+    return True
+
+
+def _rows_only(user: fx.Node, rank: int) -> bool:
+    """Whether an index selects along leading dims alone, and leaves the last dim last."""
+    indices = user.args[1]
+    assert isinstance(indices, (list, tuple))
+    first = [i for i in indices if isinstance(i, fx.Node)]
+    return len(indices) < rank and len(first) == len(indices)
+
+
+def _rows_stay(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether a view keeps the last dim: equal sizes at the end, whatever happens to the dims before it."""
+    return new.dim() > 0 and old.dim() > 0 and str(new.shape[-1]) == str(old.shape[-1]) and str(old.shape[-1]) != "1"
+
+
+def _reader(source: fx.Node, user: fx.Node, constant: set[fx.Node]) -> Reader | Refused:
+    packet, args = g.packet(user), user.args
+    if packet is aten.linear and args[0] is source and source not in args[1:]:
+        reader = Reader(user, args[1], True, args[2] if len(args) > 2 else None)  # type: ignore[arg-type]
+    elif packet is aten.addmm and args[1] is source and source not in (args[0], args[2]):
+        scaled = g.arguments(user)
+        if scaled["beta"] != 1 or scaled["alpha"] != 1:
+            return Refused(Refusal.NOT_LINEAR, user)
+        reader = Reader(user, args[2], False, args[0])  # type: ignore[arg-type]
+    elif packet in (aten.mm, aten.matmul) and args[0] is source and args[1] is not source:
+        reader = Reader(user, args[1], False, None)  # type: ignore[arg-type]
+    else:
+        return Refused(Refusal.NOT_LINEAR, user)
+    if reader.weight not in constant or (reader.bias is not None and reader.bias not in constant):
+        return Refused(Refusal.WEIGHT_NOT_CONSTANT, user)
+    if len(g.shape(reader.weight) or ()) != 2:
+        return Refused(Refusal.NOT_LINEAR, user)
+    if reader.bias is not None and len(g.shape(reader.bias) or ()) != 1:
+        return Refused(Refusal.NOT_LINEAR, user)
+    return reader
+
+
+def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
+    weight, bias = node.args[1], node.args[2]
+    for reader in readers:
+        _fold_into(graph, reader, weight, bias)
+    spec = node.kwargs["spec"]
+    # the dtype of the result stays that of the norm with its affine part
+    node.args = (node.args[0], None, None, *node.args[3:])
+    node.kwargs = {**node.kwargs, "spec": spec._replace(affine_dim=None)}  # type: ignore[union-attr]
+
+
+def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
+    node = reader.node
+    dtype = g.dtype(reader.weight)
+    assert dtype is not None
+    with graph.inserting_before(node):
+        emit = _Emitter(graph, node)
+        exact = emit(aten.to.dtype, reader.weight, torch.float64)
+        folded, shift = reader.weight, None
+        if weight is not None:
+            scale = emit(aten.reshape.default, emit(aten.to.dtype, weight, torch.float64), [-1])
+            if not reader.out_first:
+                scale = emit(aten.unsqueeze.default, scale, 1)
+            folded = emit(aten.to.dtype, emit(aten.mul.Tensor, exact, scale), dtype)
+        if bias is not None:
+            row = emit(aten.reshape.default, emit(aten.to.dtype, bias, torch.float64), [-1])
+            width = (g.shape(reader.weight) or ())[1 if reader.out_first else 0]
+            row = emit(aten.expand.default, row, [width])
+            shift = emit(aten.mv.default, exact if reader.out_first else emit(aten.t.default, exact), row)
+            bias_dtype = dtype
+            if reader.bias is not None:
+                bias_dtype = g.dtype(reader.bias) or dtype
+                shift = emit(aten.add.Tensor, shift, emit(aten.to.dtype, reader.bias, torch.float64))
+            shift = emit(aten.to.dtype, shift, bias_dtype)
+    new_bias = shift if shift is not None else reader.bias
+    source = node.args[1] if g.packet(node) is aten.addmm else node.args[0]
+    if g.packet(node) is aten.addmm:
+        node.args = (new_bias, source, folded)
+    elif g.packet(node) is aten.linear:
+        node.args = (source, folded, new_bias) if new_bias is not None else (source, folded)
+    elif new_bias is None:
+        node.args = (source, folded)
+    else:  # a bias is made: the product becomes a linear layer, which adds it in its epilogue
+        with graph.inserting_before(node):
+            transposed = _Emitter(graph, node)(aten.t.default, folded)
+        node.target = aten.linear.default
+        node.args = (source, transposed, new_bias)
+
+
+class _Emitter:
+    """Makes nodes with values: each stands for what the operator gives on the fake values of its arguments."""
+
+    def __init__(self, graph: fx.Graph, at: fx.Node) -> None:
+        self.graph, self.at = graph, at
+
+    def __call__(self, target: Any, *args: Any) -> fx.Node:
+        made = self.graph.call_function(target, args)
+        fake = [g.tensor(a) if isinstance(a, fx.Node) else a for a in args]
+        mode = next(f.fake_mode for f in fake if hasattr(f, "fake_mode"))
+        with mode, torch.no_grad():
+            made.meta["val"] = target(*fake)
+        made.meta["stack_trace"] = self.at.meta.get("stack_trace")
+        made.meta["normfx_rule"] = RULE
+        return made

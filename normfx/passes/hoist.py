@@ -1,0 +1,159 @@
+"""Hoist: computations that read only parameters and buffers leave the graph.
+
+What they compute becomes buffers of the captured graph (Inductor sees static inputs). A second graph computes the
+buffers from the parameters; `live.LiveWeights` runs it before the first call and after every change of a parameter.
+Only without gradients: with them, the computation must stay where autograd sees it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from normfx import graph as g
+from normfx.record import Journal
+
+aten = torch.ops.aten
+
+# No computation, only another look at the same storage: not worth a buffer.
+_VIEWS = frozenset(
+    {
+        aten.view,
+        aten.reshape,
+        aten.t,
+        aten.transpose,
+        aten.permute,
+        aten.expand,
+        aten.expand_as,
+        aten.unsqueeze,
+        aten.squeeze,
+        aten.slice,
+        aten.select,
+        aten.alias,
+        aten.detach,
+        aten.flatten,
+        aten.unflatten,
+        aten.split,
+        aten.split_with_sizes,
+        aten.chunk,
+        aten.unbind,
+        aten.numpy_T,
+        aten.mT,
+    }
+)
+
+# A value that is larger than this many times the parameters it is made from (a table indexed by every position)
+# trades memory traffic for arithmetic that Inductor fuses into its reader: it stays.
+MAX_GROWTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Hoisted:
+    """The graph that computes the buffers, and where its inputs are found.
+
+    Attributes:
+        compute: from the parameters at `positions` to the new values of the buffers.
+        positions: indices of the captured graph's inputs.
+        names: names of the buffers on the captured graph module, in the order of `compute`'s results.
+    """
+
+    compute: fx.GraphModule
+    positions: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
+    """Moves every parameter-only computation out of the graph.
+
+    Args:
+        gm: a graph without gradients; changed in place.
+        journal: gets the number of buffers and their bytes.
+
+    Returns:
+        What computes the buffers, or None if there is nothing to hoist.
+    """
+    graph = gm.graph
+    constant = g.parameter_only(graph)
+    targets = _targets(graph, constant)
+    if not targets:
+        return None
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    compute = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    needed = _behind(targets)
+    positions = [i for i, node in enumerate(placeholders) if node in needed]
+    for node in graph.nodes:
+        if node in needed:
+            copies[node] = compute.node_copy(node, lambda n: copies[n])
+    compute.output(tuple(copies[node] for node in targets))
+    module = fx.GraphModule(gm, compute)
+    names = []
+    for index, node in enumerate(targets):
+        name = f"_normfx_hoisted_{index}"
+        held = g.tensor(node)
+        assert held is not None
+        with torch.inference_mode(False):
+            real = torch.empty(tuple(held.shape), dtype=held.dtype, device=held.device)
+        gm.register_buffer(name, real)
+        with graph.inserting_before(node):
+            buffer = graph.get_attr(name)
+        g.inherit_meta(buffer, node)
+        node.replace_all_uses_with(buffer, propagate_meta=False)
+        names.append(name)
+        journal.folded_bytes += real.numel() * real.element_size()
+    journal.hoisted = len(names)
+    g.erase_dead([n for n in needed if n.op == "call_function"], graph)
+    return Hoisted(module, tuple(positions), tuple(names))
+
+
+def _targets(graph: fx.Graph, constant: set[fx.Node]) -> list[fx.Node]:
+    """The computed values that the rest of the graph reads, in order."""
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node not in constant or node.op != "call_function":
+            continue
+        if all(user in constant for user in node.users):
+            continue
+        base = _computed(node)
+        if base is not None and base not in found and _is_hoistable(base):
+            found[base] = None
+    return [node for node in graph.nodes if node in found]
+
+
+def _computed(node: fx.Node) -> fx.Node | None:
+    """The computation behind views, or None if there are only views of a parameter."""
+    current = node
+    while True:
+        if current.op != "call_function":
+            return None
+        source = current.args[0] if current.args else None
+        is_view = g.packet(current) in _VIEWS or (
+            current.target is operator.getitem and isinstance(source, fx.Node) and g.packet(source) in _VIEWS
+        )
+        if not is_view:
+            return current
+        assert isinstance(source, fx.Node)
+        current = source
+
+
+def _is_hoistable(node: fx.Node) -> bool:
+    held = g.tensor(node)
+    if held is None or held.layout != torch.strided or any(not isinstance(s, int) for s in held.shape):
+        return False
+    inputs = [g.tensor(n) for n in _behind([node]) if n.op == "placeholder"]
+    size = sum(t.numel() for t in inputs if t is not None)
+    return bool(inputs) and held.numel() <= MAX_GROWTH * size
+
+
+def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
+    """These nodes and everything they are computed from."""
+    seen, pending = set(nodes), list(nodes)
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                pending.append(source)
+    return seen

@@ -1,0 +1,122 @@
+"""Lower: canonical nodes become ATen, which Inductor fuses and generates code for.
+
+Where ATen has the normalization as an operator of its own, that is used: Inductor decomposes it with care (one pass
+for the statistics, a backward of its own), and eager runs a fused kernel. Anything else becomes the body of
+`ops.norm`, traced once for each distinct (spec, shapes, dtypes) and copied to every node that needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from normfx import graph as g
+from normfx.ops import NormSpec
+from normfx.ops import norm
+from normfx.torch_internals import fake_mode_of
+from normfx.torch_internals import real_tensors_allowed
+from normfx.torch_internals import trace_pre_dispatch
+
+aten = torch.ops.aten
+
+
+def lower(gm: fx.GraphModule) -> None:
+    """Replaces every canonical node of the graph by ATen operators; changes the graph in place."""
+    bodies: dict[Any, fx.GraphModule] = {}
+    for node in list(gm.graph.nodes):
+        if not g.is_call(node, norm):
+            continue
+        with gm.graph.inserting_before(node):
+            result = _as_operator(gm.graph, node) or _as_body(gm.graph, node, bodies)
+        if result.meta.get("val") is None:
+            g.inherit_meta(result, node)
+        node.replace_all_uses_with(result, propagate_meta=False)
+        gm.graph.erase_node(node)
+
+
+def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """The norm as one operator of ATen, or None if there is none that computes exactly this."""
+    spec: NormSpec = node.kwargs["spec"]  # type: ignore[assignment]
+    rank: int = node.kwargs["rank"]  # type: ignore[assignment]
+    x, weight, bias, eps, mean, var = node.args
+    held = g.tensor(x)
+    if held is None or eps is not None or spec.scale != 1.0 or spec.eps_place != "inside" or spec.correction:
+        return None
+    affine = (weight, bias)
+    if spec.origin in ("batch_norm", "instance_norm", "group_norm"):
+        channels = all(a is None or len(g.shape(a) or ()) == 1 for a in affine)
+        if not channels or (any(a is not None for a in affine) and spec.affine_dim != 1):
+            return None
+        if not _rounds_once(spec, held.dtype):
+            return None
+        if spec.origin == "batch_norm":
+            training = spec.statistic != "running"
+            args = (x, weight, bias, mean, var, training, spec.momentum, spec.eps, True)
+            return graph.call_function(aten.batch_norm.default, args)
+        if spec.origin == "group_norm":
+            return graph.call_function(aten.group_norm.default, (x, spec.groups, weight, bias, spec.eps, True))
+        args = (x, weight, bias, mean, var, spec.statistic != "running", spec.momentum, spec.eps, True)
+        return graph.call_function(aten.instance_norm.default, args)
+    trailing = spec.dims == tuple(range(rank - len(spec.dims), rank)) and spec.groups == 0
+    is_layer_norm = spec.statistic == "variance" and spec.centre and trailing
+    is_rms_norm = spec.origin == "rms_norm" and trailing
+    sizes = list(held.shape[rank - len(spec.dims) :])
+    if not (is_layer_norm or is_rms_norm) or not all(isinstance(s, int) for s in sizes):
+        return None
+    if not _rounds_once(spec, held.dtype) or not all(_is_like(a, sizes, held.dtype, spec) for a in affine):
+        return None
+    if is_rms_norm:
+        return (
+            graph.call_function(aten.rms_norm.default, (x, sizes, weight, spec.eps)) if bias is None else None
+        )
+    return graph.call_function(aten.layer_norm.default, (x, sizes, weight, bias, spec.eps))
+
+
+def _rounds_once(spec: NormSpec, dtype: torch.dtype) -> bool:
+    """Whether the result is rounded to the input's dtype once, at the end, as ATen's operators do."""
+    return spec.out_dtype == dtype and spec.norm_dtype == spec.stats_dtype and (
+        spec.stats_dtype == dtype or dtype in (torch.float16, torch.bfloat16)
+    )
+
+
+def _is_like(operand: Any, sizes: list[int], dtype: torch.dtype, spec: NormSpec) -> bool:
+    if operand is None:
+        return True
+    same_dtype = g.dtype(operand) == dtype or spec.origin in ("layer_norm", "rms_norm")
+    return list(g.shape(operand) or ()) == sizes and same_dtype
+
+
+def _as_body(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) -> fx.Node:
+    """The operators of the body of `norm`, in place of the node."""
+    spec, rank = node.kwargs["spec"], node.kwargs["rank"]
+    present = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node)]
+    fakes = [g.tensor(node.args[i]) for i in present]  # type: ignore[arg-type]
+    key = (spec, *((i, tuple(map(str, f.shape)), f.dtype, f.device) for i, f in zip(present, fakes, strict=True)))  # type: ignore[union-attr]
+    if key not in bodies:
+
+        def body(*given: torch.Tensor) -> torch.Tensor:
+            operands: list[Any] = [None] * len(node.args)
+            for i, tensor in zip(present, given, strict=True):
+                operands[i] = tensor
+            return norm(*operands, spec=spec, rank=rank)  # type: ignore[arg-type]
+
+        mode = fake_mode_of(fakes)
+        with real_tensors_allowed(mode), mode:
+            bodies[key] = trace_pre_dispatch(body, fakes)
+    template = bodies[key].graph
+    inputs = iter(node.args[i] for i in present)
+    copies: dict[fx.Node, fx.Node] = {}
+    result: Any = None
+    for inner in template.nodes:
+        if inner.op == "placeholder":
+            copies[inner] = next(inputs)  # type: ignore[assignment]
+        elif inner.op == "output":
+            result = copies[inner.args[0]]  # type: ignore[index]
+        else:
+            copies[inner] = graph.node_copy(inner, lambda n: copies[n])
+            for name in ("stack_trace", "nn_module_stack"):
+                if name in node.meta:
+                    copies[inner].meta[name] = node.meta[name]
+    return result

@@ -1,0 +1,128 @@
+"""Pipeline: the order of the stages. Data flows one way; a stage never reaches back.
+
+    capture -> recognise -> fold -> hoist -> lower
+
+Each stage takes a graph that runs and leaves a graph that runs, and writes to the journal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from normfx import graph as g
+from normfx.capture import capture
+from normfx.errors import StageError
+from normfx.options import Options
+from normfx.passes.fold import fold
+from normfx.passes.hoist import Hoisted
+from normfx.passes.hoist import hoist
+from normfx.passes.lower import lower
+from normfx.passes.recognise import recognise
+from normfx.record import Journal
+
+# Bodies of these operators are functions of their operands, run as they stand: rewriting one keeps its meaning.
+_TRANSPARENT_BODIES = frozenset({"tag_activation_checkpoint", "invoke_subgraph"})
+
+Observer = Callable[[str, fx.GraphModule], None]
+
+
+@dataclass(slots=True)
+class Rewritten:
+    """A graph after the last stage, and what has to run beside it."""
+
+    module: fx.GraphModule
+    hoisted: Hoisted | None
+
+
+def rewrite(
+    gm: fx.GraphModule,
+    options: Options,
+    journal: Journal,
+    *,
+    tracked: bool = True,
+    observe: Observer | None = None,
+) -> Rewritten:
+    """Runs every stage on dynamo's graph.
+
+    Args:
+        gm: dynamo's graph; not changed.
+        options: the switches.
+        journal: gets every decision and the seconds of every stage.
+        tracked: whether changes of the parameters can be noticed (or need not be).
+        observe: called with the name of each stage and its graph, for tests and diffs.
+
+    Raises:
+        StageError: a stage failed; its cause is what the stage raised.
+    """
+    journal.training = grad = wants_grad(gm)
+    watch = observe or (lambda stage, module: None)
+    with _stage("capture", journal):
+        captured = capture(gm)
+    journal.nodes = len(captured.graph.nodes)
+    watch("capture", captured)
+    with _stage("recognise", journal):
+        _bodies(captured, options, journal, watch)
+        recognise(captured, journal, grad=grad)
+    watch("recognise", captured)
+    with _stage("fold", journal):
+        fold(captured, options, grad=grad, tracked=tracked)
+    watch("fold", captured)
+    hoisted = None
+    with _stage("hoist", journal):
+        if not grad and tracked and options.allows("hoist"):
+            hoisted = hoist(captured, journal)
+    watch("hoist", captured)
+    with _stage("lower", journal):
+        lower(captured)
+        captured.graph.lint()
+        captured.recompile()
+    watch("lower", captured)
+    return Rewritten(captured, hoisted)
+
+
+def wants_grad(gm: fx.GraphModule) -> bool:
+    """Whether autograd will differentiate this graph: grad mode is on and some input asks for it."""
+    if not torch.is_grad_enabled():
+        return False
+    held = [g.tensor(node) for node in gm.graph.find_nodes(op="placeholder")]
+    return any(t is not None and t.requires_grad for t in held)
+
+
+def _bodies(gm: fx.GraphModule, options: Options, journal: Journal, watch: Observer) -> None:
+    """Runs the stages on the bodies of operators that may be rewritten inside (activation checkpoints)."""
+    for node in gm.graph.nodes:
+        if getattr(node.target, "__name__", "") not in _TRANSPARENT_BODIES:
+            continue
+        for argument in node.args:
+            body = getattr(gm, str(argument.target), None) if isinstance(argument, fx.Node) else None
+            if isinstance(body, fx.GraphModule):
+                inner = Journal()
+                rewritten = rewrite(body, options, inner, tracked=False)
+                gm.add_submodule(str(argument.target), rewritten.module)  # type: ignore[union-attr]
+                journal.sites += inner.sites
+                journal.near_misses += inner.near_misses
+
+
+@contextmanager
+def _stage(name: str, journal: Journal) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise StageError(f"normfx stage {name!r} failed: {cause}") from error
+    finally:
+        journal.stages[name] = journal.stages.get(name, 0.0) + time.perf_counter() - start
+
+
+def weights_are_tracked(example_inputs: list[Any]) -> bool:
+    """Whether every input reports its changes: tensors made in inference mode do not."""
+    return not any(isinstance(t, torch.Tensor) and t.is_inference() for t in example_inputs)

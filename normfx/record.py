@@ -1,0 +1,235 @@
+"""The journal: what was decided for each normalization, and why. Reports print it; nothing else computes one.
+
+A refusal is not an error. Each has a code of the registry `REFUSALS`, which holds its explanation and a hint.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from dataclasses import field
+
+
+class Refusal(enum.Enum):
+    """Why a rule, or the recognition of a norm, was refused. The value is the code that reports show."""
+
+    # recognition
+    NOT_A_NORM = "not-a-norm"
+    OTHER_DIMS = "reduction-over-other-dims"
+    OTHER_TENSOR = "statistic-of-another-tensor"
+    BROADCAST = "broadcast-axis-differs"
+    VIEW_MIXES_DIMS = "view-mixes-dims"
+    OPERATOR_LAW = "operator-law"
+    SYMBOLIC_CORRECTION = "symbolic-correction"
+    TWO_EPS = "two-eps"
+    MUTATED = "mutation-between"
+    GRAD_MODE = "grad-mode-differs"
+    SHAPE_UNKNOWN = "shape-unknown"
+    NOT_CAPTURED = "not-captured"
+    # rules
+    EXTRA_USER = "extra-user"
+    NOT_LINEAR = "reader-not-linear"
+    NO_READER = "no-reader"
+    NEEDS_GRAD = "needs-grad"
+    NOT_CONSTANT = "affine-not-constant"
+    WEIGHT_NOT_CONSTANT = "weight-not-constant"
+    DIM_NOT_LAST = "dim-not-last"
+    NOT_AFFINE = "no-affine"
+    RULE_OFF = "rule-off"
+    DTYPE = "dtype-differs"
+    NOT_TRACKED = "weight-not-tracked"
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The registry entry of a refusal: what it means, and what a user can do about it."""
+
+    meaning: str
+    hint: str
+
+
+REFUSALS: dict[Refusal, Explanation] = {
+    Refusal.NOT_A_NORM: Explanation(
+        "A statistic and its root were found, but no value made from them is a normalization.",
+        "If this is a norm, compare it with the law table in docs/recognition.md.",
+    ),
+    Refusal.OTHER_DIMS: Explanation(
+        "The mean and the variance (or a second reduction) are taken over different dims.",
+        "Take both over the same dims.",
+    ),
+    Refusal.OTHER_TENSOR: Explanation(
+        "The statistic is of another tensor than the one that is scaled (a weighted, masked or cubed one).",
+        "Nothing to do if that is meant: it is not one of the norms normfx rewrites.",
+    ),
+    Refusal.BROADCAST: Explanation(
+        "A statistic is broadcast along another axis than the one it belongs to.",
+        "Use keepdim=True, or unsqueeze at the reduced dim.",
+    ),
+    Refusal.VIEW_MIXES_DIMS: Explanation(
+        "A view between the statistic and its use merges or splits dims.",
+        "View the input before the statistic is taken.",
+    ),
+    Refusal.OPERATOR_LAW: Explanation(
+        "An operator on the way has no law that applies to these operands.",
+        "The operators with laws are the table RULES in normfx/lift.py.",
+    ),
+    Refusal.SYMBOLIC_CORRECTION: Explanation(
+        "An unbiased variance over a dim whose size is symbolic.",
+        "Mark that dim static.",
+    ),
+    Refusal.TWO_EPS: Explanation(
+        "One eps stands under the root and another one outside.",
+        "Use one eps.",
+    ),
+    Refusal.MUTATED: Explanation(
+        "A value of the region is written to in place between its first use and the norm's result.",
+        "Use the out-of-place operator.",
+    ),
+    Refusal.GRAD_MODE: Explanation(
+        "Part of the region is computed without gradients and part of it with.",
+        "Compute all of it in the same grad mode.",
+    ),
+    Refusal.SHAPE_UNKNOWN: Explanation(
+        "The shape or dtype of a value is not known.",
+        "Nothing to do; the graph runs unchanged.",
+    ),
+    Refusal.NOT_CAPTURED: Explanation(
+        "The norm is in a part of the graph that is carried through without being read.",
+        "Nothing to do; the graph runs unchanged.",
+    ),
+    Refusal.EXTRA_USER: Explanation(
+        "The norm's result is also read as it is: by the output, a residual or another operator.",
+        "The affine part must stay for that reader.",
+    ),
+    Refusal.NOT_LINEAR: Explanation(
+        "A reader of the norm's result is not linear in it.",
+        "Only linear readers can take the weight and bias over.",
+    ),
+    Refusal.NO_READER: Explanation("Nothing reads the norm's result.", "Nothing to do."),
+    Refusal.NEEDS_GRAD: Explanation(
+        "Gradients are wanted: folding would multiply the weights again in every step, which does not pay.",
+        "Run inference under torch.no_grad() or torch.inference_mode().",
+    ),
+    Refusal.NOT_CONSTANT: Explanation(
+        "The weight or bias of the norm is computed from activations.",
+        "Only parameters and buffers fold.",
+    ),
+    Refusal.WEIGHT_NOT_CONSTANT: Explanation(
+        "A reader multiplies with an activation, not with a parameter.",
+        "Only parameters and buffers can take the scale over.",
+    ),
+    Refusal.DIM_NOT_LAST: Explanation(
+        "The norm's weight does not run along the dim that the reader contracts.",
+        "Nothing to do; the affine part stays.",
+    ),
+    Refusal.NOT_AFFINE: Explanation("The norm has no weight and no bias.", "Nothing to do."),
+    Refusal.RULE_OFF: Explanation("The rule is switched off.", "See the option `rules`."),
+    Refusal.DTYPE: Explanation(
+        "The result would have another dtype than the reader expects.",
+        "Keep the norm and its reader in one dtype.",
+    ),
+    Refusal.NOT_TRACKED: Explanation(
+        "A parameter was made in inference mode, so changes to it cannot be noticed.",
+        'Build the model outside of inference mode, or pass options={"weights": "frozen"}.',
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One decision: a rule changed a site, or was refused.
+
+    Attributes:
+        stage: the stage that decided.
+        rule: the rule's name (kebab-case).
+        changed: whether the rule was applied.
+        code: why not, if it was not.
+        node: the name of the guilty node, if one is known.
+        location: `file:line` of the user's line, or "".
+        detail: one line for people.
+    """
+
+    stage: str
+    rule: str
+    changed: bool
+    code: Refusal | None = None
+    node: str = ""
+    location: str = ""
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Site:
+    """One normalization of a model: one call, however it is spelled.
+
+    Attributes:
+        name: the module path where there is one, else the name of the function or node.
+        kind: the usual name ("LayerNorm", "RMSNorm", ...).
+        dims: what the statistics are taken over: from the end (-1) where they are trailing, else from the front.
+        eps: the number as written, or None (a tensor, or the default of the dtype).
+        dtype: of the input.
+        location: `file:line` of the user's line, or "".
+        weight: whether it has a factor.
+        bias: whether it has a summand.
+        origin: the ATen operator, or "algebra" for a spelled-out one.
+        records: every decision about it, in order.
+    """
+
+    name: str
+    kind: str
+    dims: tuple[int, ...]
+    eps: float | None
+    dtype: str
+    location: str
+    weight: bool = False
+    bias: bool = False
+    origin: str = "algebra"
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def actions(self) -> list[str]:
+        """The names of the rules that were applied, in order."""
+        return [r.rule for r in self.records if r.changed and r.stage != "recognise"]
+
+    @property
+    def refusals(self) -> list[str]:
+        """The codes of the rules that were refused, in order."""
+        return [r.code.value for r in self.records if r.code is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class NearMiss:
+    """A statistic with a root that is no normalization: the first law that failed, and where."""
+
+    name: str
+    code: Refusal
+    location: str
+    node: str
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Journal:
+    """What happened to one graph.
+
+    Attributes:
+        name: "graph 0", "graph 1", ... in the order of compilation.
+        sites: the normalizations found.
+        near_misses: what looked like one and is not.
+        stages: seconds spent in each stage.
+        nodes: how many nodes the captured graph has.
+        folded_bytes: memory that hoisted and folded tensors take beside the originals.
+        hoisted: how many tensors are computed outside of the graph.
+        fallback: why the graph was left to Inductor, or "".
+        training: whether the graph is differentiated.
+    """
+
+    name: str = "graph"
+    sites: list[Site] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    nodes: int = 0
+    folded_bytes: int = 0
+    hoisted: int = 0
+    fallback: str = ""
+    training: bool = False

@@ -1,0 +1,151 @@
+"""The private and version-sensitive parts of torch that normfx relies on, behind names of our own.
+
+No other file imports an underscore name of dynamo, AOTAutograd or the proxy tracer. Checked on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import track_tensor_tree
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+
+def fake_mode_of(values: Any) -> FakeTensorMode:
+    """The fake mode that dynamo traced these values under; a new one if there is none."""
+    return detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def real_tensors_allowed(mode: FakeTensorMode) -> Iterator[None]:
+    """Lets real tensors (constants of the graph) meet fake ones for the duration."""
+    before = mode.allow_non_fake_inputs
+    mode.allow_non_fake_inputs = True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
+def trace_pre_dispatch(function: Any, inputs: list[Any]) -> fx.GraphModule:
+    """The ATen graph that `function` runs on these fake inputs, before autograd and autocast."""
+    return make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+
+
+def tracer() -> Any:
+    """The tracer of the running `trace_pre_dispatch`."""
+    mode = get_proxy_mode()
+    assert mode is not None, "no trace is running"
+    return mode.tracer
+
+
+def proxy_of(traced: Any) -> Any:
+    """A traced value (tensor or symbolic number) as the argument of a new node."""
+    return tracer().unwrap_proxy(traced)
+
+
+def give_value(held: Any, proxy: fx.Proxy) -> Any:
+    """Binds a fake value to a node, so that later operations on the value refer to the node."""
+    track_tensor_tree(held, proxy, constant=None, tracer=tracer())
+    return held
+
+
+def cannot_be_traced(error: BaseException) -> bool:
+    """Whether an operator failed under fake tensors because its result depends on the data."""
+    return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode))
+
+
+def is_fake(held: Any) -> bool:
+    """Whether a value is a fake tensor."""
+    return isinstance(held, FakeTensor)
+
+
+def source_name(node: fx.Node) -> str:
+    """Where dynamo took a placeholder from, as Python text (`L['self'].weight`), or an empty string."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return name() if callable(name) else name  # a method up to 2.11, a property since
+
+
+def is_module_state(node: fx.Node) -> bool:
+    """Whether a placeholder is a parameter, a buffer or a tensor attribute of a module."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return False
+    guard_source = source.guard_source
+    if callable(guard_source):  # a method up to 2.11
+        guard_source = guard_source()
+    return guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module()
+
+
+def copy_placeholder(new: fx.Node, old: fx.Node) -> None:
+    """Gives a captured placeholder what dynamo knows of it: its source, and that it is a static input."""
+    for key, held in old.meta.items():
+        new.meta.setdefault(key, held)
+    if hasattr(old, "_dynamo_source"):
+        new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]  # AOTAutograd reads it
+
+
+def tracing_context() -> ExitStack:
+    """Keeps user lines and module paths on the nodes of a trace."""
+    stack = ExitStack()
+    stack.enter_context(fx_traceback.preserve_node_meta())
+    return stack
+
+
+def inductor_settings(mode: str | None, options: dict[str, Any], dynamic: bool | None = None) -> dict[str, Any]:
+    """Inductor's settings for a `mode=` of torch.compile and a mapping of options."""
+    from torch._inductor import list_mode_options
+
+    patches = dict(list_mode_options(mode, dynamic)) if mode and mode != "default" else {}
+    return {**patches, **options}
+
+
+def compile_with_inductor(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any]) -> Any:
+    """Inductor's callable for a graph."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, inputs, config_patches=settings)
+
+
+def log_artifact(name: str, payload: dict[str, Any]) -> None:
+    """Puts a JSON artifact into TORCH_TRACE, where that is on."""
+    import json
+
+    try:
+        from torch._logging import trace_structured
+
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": name, "encoding": "json"},
+            payload_fn=lambda: json.dumps(payload),
+        )
+    except (ImportError, TypeError, AttributeError):  # a private API: its loss costs a log entry, nothing else
+        return
+
+
+def is_traceable(held: Any) -> bool:
+    """Whether a fake value can stand for a node in a trace: a batched tensor of a functorch level cannot."""
+    leaves = torch.utils._pytree.tree_leaves(held)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return bool(leaves) and all(is_fake(leaf) for leaf in tensors)
+
+
+def is_symbolic(number: Any) -> bool:
+    """Whether a number is known only as a symbol."""
+    return isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool))
