@@ -91,7 +91,14 @@ def demonstrate(console: Console, workload: Workload, *, rounds: int, limit_s: f
         calls = {name: partial(version, **inputs) for name, version in versions.items()}
         seconds = interleaved_latency(calls, rounds=rounds, limit_s=limit_s)
     errors = {name: accuracy(y, outputs["eager"], exact) for name, y in outputs.items()}
-    outcome = Outcome(workload.name, workload.title, errors, seconds, len(report.sites))
+    outcome = Outcome(
+        name=workload.name,
+        title=workload.title,
+        accuracy=errors,
+        seconds=seconds,
+        norms=len(report.sites),
+        rewritten=sum(bool(site.actions) for site in report.sites),
+    )
     console.print(model_table(console, outcome))
     console.print()
     return outcome

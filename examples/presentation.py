@@ -29,6 +29,7 @@ class Outcome:
         accuracy: Distances from eager and from float64.
         seconds: Durations of the timed calls; equal positions belong to the same round.
         norms: Normalizations normfx found.
+        rewritten: How many of them it did something to.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Outcome:
     accuracy: Mapping[str, Accuracy]
     seconds: Mapping[str, Sequence[float]]
     norms: int
+    rewritten: int
 
     @property
     def passed(self) -> bool:
@@ -99,7 +101,7 @@ def summary_table(console: Console, outcomes: Sequence[Outcome]) -> Table:
         "Passed: normfx found normalizations, and its error is at most twice eager's, or 1 ulp.",
     )
     table.add_column("model")
-    for heading in ("norms", "eager ulp", "normfx ulp", "x eager", "x inductor"):
+    for heading in ("norms", "rewritten", "eager ulp", "normfx ulp", "x eager", "x inductor"):
         table.add_column(heading, justify="right")
     table.add_column("promise")
     for outcome in outcomes:
@@ -107,6 +109,7 @@ def summary_table(console: Console, outcomes: Sequence[Outcome]) -> Table:
         table.add_row(
             outcome.name,
             str(outcome.norms),
+            str(outcome.rewritten),
             f"{outcome.accuracy['eager'].error_ulp:.1f}",
             f"{outcome.accuracy['normfx'].error_ulp:.1f}",
             spread_text(ratio(seconds["normfx"], seconds["eager"]), 2),
