@@ -33,10 +33,10 @@ import normfx
 
 
 @contextmanager
-def step(console: Console, description: str) -> Iterator[None]:
+def step(console: Console, description: str, *, spin: bool = True) -> Iterator[None]:
     """Show that a step runs: a spinner with the time so far on a terminal, then one line."""
     start = time.perf_counter()
-    if console.is_terminal:
+    if spin and console.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as display:
             display.add_task(description, total=None)
@@ -86,7 +86,8 @@ def demonstrate(console: Console, workload: Workload, *, rounds: int, limit_s: f
         count = len(workload.sentences)
         embeddings, eager = outputs["normfx"][:count], outputs["eager"][:count]
         console.print(neighbour_table(console, embeddings, eager, workload.sentences))
-    with step(console, "interleaved timing"):
+    # The spinner's thread would take its share of the cores from what is timed.
+    with step(console, "interleaved timing", spin=False):
         inputs = workload.batches[0]
         calls = {name: partial(version, **inputs) for name, version in versions.items()}
         seconds = interleaved_latency(calls, rounds=rounds, limit_s=limit_s)
