@@ -8,8 +8,7 @@ Names are imported on first use: dynamo lists every backend's entry point, and `
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normfx.errors import InvariantError as InvariantError

@@ -16,8 +16,7 @@ This file knows no operator and no graph: `lift.py` translates operators, `class
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
@@ -141,11 +140,17 @@ class Ring:
             return number(1)
         varies = self.axes - self.dims
         even = order % 2 == 0
-        return self._generator(("m", order), Atom("moment", order, has_moment=True, varies=varies, nonnegative=even))
+        return self._generator(
+            ("m", order), Atom("moment", order, has_moment=True, varies=varies, nonnegative=even)
+        )
 
-    def opaque(self, key: Hashable, varies: Iterable[int] = (), *, nonnegative: bool = False) -> Poly:
+    def opaque(
+        self, key: Hashable, varies: Iterable[int] = (), *, nonnegative: bool = False
+    ) -> Poly:
         """An operand about which nothing is known but its identity and the axes it varies along."""
-        return self._generator(("o", key), Atom("opaque", key, varies=frozenset(varies), nonnegative=nonnegative))
+        return self._generator(
+            ("o", key), Atom("opaque", key, varies=frozenset(varies), nonnegative=nonnegative)
+        )
 
     # -- products and powers ---------------------------------------------------------------------
 
@@ -205,14 +210,18 @@ class Ring:
             return self._power_of_term(*next(iter(p.terms.items())), exponent)
         return self._power_of_sum(p, exponent)
 
-    def _power_of_term(self, monomial: Monomial, coefficient: Fraction, exponent: Exponent) -> Poly | None:
+    def _power_of_term(
+        self, monomial: Monomial, coefficient: Fraction, exponent: Exponent
+    ) -> Poly | None:
         result = self._power_of_number(coefficient, exponent)
         for index, e in monomial:
             atom = self.atoms[index]
             if isinstance(exponent, int) or atom.nonnegative:
                 factor: Poly | None = Poly({((index, _whole(e * exponent)),): Fraction(1)})
             elif atom.kind == "x" and e % 2 == 0:  # (x^2)^q = |x|^(2q)
-                absolute = self._generator(("abs",), Atom("abs-x", has_x=True, varies=self.axes, nonnegative=True))
+                absolute = self._generator(
+                    ("abs",), Atom("abs-x", has_x=True, varies=self.axes, nonnegative=True)
+                )
                 factor = self.power(absolute, e * exponent)
             else:
                 factor = None
@@ -288,7 +297,9 @@ class Ring:
             if drop < 0 and have >= -drop * (1 - Fraction(COEFFICIENT_TOLERANCE)):
                 rest.pop(((m1, 2),))
                 rest[((m2, 1),)] = max(have + drop, Fraction(0))
-        return all(c >= 0 and all(self._is_nonnegative_power(a, e) for a, e in m) for m, c in rest.items())
+        return all(
+            c >= 0 and all(self._is_nonnegative_power(a, e) for a, e in m) for m, c in rest.items()
+        )
 
     def _is_nonnegative_power(self, index: int, exponent: Exponent) -> bool:
         return self.atoms[index].nonnegative or (isinstance(exponent, int) and exponent % 2 == 0)

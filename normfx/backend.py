@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
@@ -16,14 +15,10 @@ from torch import fx
 from normfx.errors import StageError
 from normfx.live import LiveWeights
 from normfx.options import Options
-from normfx.pipeline import rewrite
-from normfx.pipeline import weights_are_tracked
+from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal
-from normfx.reports import REPORTS
-from normfx.reports import payload
-from normfx.torch_internals import compile_with_inductor
-from normfx.torch_internals import inductor_settings
-from normfx.torch_internals import log_artifact
+from normfx.reports import REPORTS, payload
+from normfx.torch_internals import compile_with_inductor, inductor_settings, log_artifact
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +61,11 @@ def normfx(
             'Pass options={"strict": True} to see the whole error.',
             stacklevel=2,
         )
-        compiled = gm if parsed.lowering == "eager" else compile_with_inductor(gm, example_inputs, settings)
+        compiled = (
+            gm
+            if parsed.lowering == "eager"
+            else compile_with_inductor(gm, example_inputs, settings)
+        )
     REPORTS.add(journal)
     _log(journal)
     return compiled
@@ -102,8 +101,14 @@ def _log(journal: Journal) -> None:
     if log.isEnabledFor(logging.DEBUG):
         for site in journal.sites:
             for record in site.records:
-                verdict = "changed" if record.changed else f"refused {record.code.value if record.code else ''}"
-                log.debug("%s %s %s %s %s", record.stage, record.rule, verdict, site.name, record.location)
+                verdict = (
+                    "changed"
+                    if record.changed
+                    else f"refused {record.code.value if record.code else ''}"
+                )
+                log.debug(
+                    "%s %s %s %s %s", record.stage, record.rule, verdict, site.name, record.location
+                )
         for miss in journal.near_misses:
             log.debug("recognise near miss %s %s %s", miss.code.value, miss.name, miss.location)
     log_artifact("normfx_journal", payload(journal))

@@ -19,16 +19,18 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from normfx import graph as g
-from normfx.torch_internals import cannot_be_traced
-from normfx.torch_internals import copy_placeholder
-from normfx.torch_internals import fake_mode_of
-from normfx.torch_internals import give_value
-from normfx.torch_internals import is_traceable
-from normfx.torch_internals import proxy_of
-from normfx.torch_internals import real_tensors_allowed
-from normfx.torch_internals import trace_pre_dispatch
-from normfx.torch_internals import tracer
-from normfx.torch_internals import tracing_context
+from normfx.torch_internals import (
+    cannot_be_traced,
+    copy_placeholder,
+    fake_mode_of,
+    give_value,
+    is_traceable,
+    proxy_of,
+    real_tensors_allowed,
+    trace_pre_dispatch,
+    tracer,
+    tracing_context,
+)
 
 
 def capture(gm: fx.GraphModule) -> fx.GraphModule:
@@ -74,7 +76,9 @@ class _Capture(fx.Interpreter):
         self._verbatim = verbatim_nodes(gm.graph)
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "get_attr" and isinstance(body := getattr(self.module, str(n.target), None), fx.GraphModule):
+        if n.op == "get_attr" and isinstance(
+            body := getattr(self.module, str(n.target), None), fx.GraphModule
+        ):
             self.bodies[str(n.target)] = body
             return _Verbatim(tracer().create_proxy("get_attr", n.target, (), {}, name=n.name))
         if n not in self._verbatim:
@@ -93,7 +97,9 @@ class _Capture(fx.Interpreter):
             return value.proxy if isinstance(value, _Verbatim) else proxy_of(value)
 
         args = map_aggregate(n.args, lambda a: proxy(self.env[a]) if isinstance(a, fx.Node) else a)
-        kwargs = map_aggregate(n.kwargs, lambda a: proxy(self.env[a]) if isinstance(a, fx.Node) else a)
+        kwargs = map_aggregate(
+            n.kwargs, lambda a: proxy(self.env[a]) if isinstance(a, fx.Node) else a
+        )
         made = tracer().create_proxy(n.op, n.target, args, kwargs, name=n.name)
         made.node.meta["val"] = g.value(n)
         if not is_traceable(g.value(n)):

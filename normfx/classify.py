@@ -14,11 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from normfx.algebra import Exponent
-from normfx.algebra import Monomial
-from normfx.algebra import Poly
-from normfx.algebra import Ring
-from normfx.algebra import close
+from normfx.algebra import Exponent, Monomial, Poly, Ring, close
 
 EpsPlace = Literal["inside", "outside", "floor", "floor-inside"]
 
@@ -66,7 +62,7 @@ def classify(ring: Ring, value: Poly) -> Form | None:
         grouped.setdefault(divisor, {}).setdefault(numerator, {})[rest] = coefficient
     if len(grouped) != 1:
         return None
-    (divisor, parts), = grouped.items()
+    ((divisor, parts),) = grouped.items()
     times_x = Poly(parts.get("x"))
     if not times_x:
         return None
@@ -82,7 +78,9 @@ def classify(ring: Ring, value: Poly) -> Form | None:
     return Form(centre, denominator, scale / denominator.factor, weight, Poly(bias))
 
 
-def _split_term(ring: Ring, monomial: Monomial) -> tuple[str, tuple[int, Exponent], Monomial] | None:
+def _split_term(
+    ring: Ring, monomial: Monomial
+) -> tuple[str, tuple[int, Exponent], Monomial] | None:
     """A term x*d*rest or m1*d*rest as (numerator, d, rest), where d is the only other factor with moments."""
     numerator, divisor, rest = None, None, []
     for index, exponent in monomial:
@@ -151,9 +149,16 @@ def _of_root(ring: Ring, root: Poly, place: EpsPlace) -> Denominator | None:
         atom = ring.atoms[index]
         if atom.kind == "constant":
             factor *= float(atom.key) ** float(exponent)  # type: ignore[arg-type]
-        elif exponent == Fraction(1, 2) and found is None and atom.kind == "moment" and atom.key == 2:
+        elif (
+            exponent == Fraction(1, 2) and found is None and atom.kind == "moment" and atom.key == 2
+        ):
             found = Denominator(False, Poly(), place, 1.0)
-        elif exponent == Fraction(1, 2) and found is None and atom.kind == "compound" and atom.base is not None:
+        elif (
+            exponent == Fraction(1, 2)
+            and found is None
+            and atom.kind == "compound"
+            and atom.base is not None
+        ):
             found = _of_square(ring, atom.base, place)
         else:
             return None
@@ -165,7 +170,9 @@ def _of_root(ring: Ring, root: Poly, place: EpsPlace) -> Denominator | None:
 def _with_eps(found: Denominator | None, eps: Poly) -> Denominator | None:
     if found is None:
         return None
-    return Denominator(found.variance, eps.scaled(1 / Fraction(found.factor)), found.place, found.factor)
+    return Denominator(
+        found.variance, eps.scaled(1 / Fraction(found.factor)), found.place, found.factor
+    )
 
 
 def _floored(found: Denominator | None, low: Poly, *, square: bool) -> Denominator | None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from normfx.errors import StageError
 from normfx.options import Options
-from normfx.pipeline import rewrite
-from normfx.pipeline import weights_are_tracked
+from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal
 from normfx.reports import Report
-from normfx.errors import StageError
 
 
 def explain(

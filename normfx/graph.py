@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from normfx.torch_internals import is_fake
-from normfx.torch_internals import is_module_state
+from normfx.torch_internals import is_fake, is_module_state
 
 _FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)')
-_MODULE_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['?([^\]']+)'?\]|\.(\w+)")
+_MODULE_STEP = re.compile(
+    r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['?([^\]']+)'?\]|\.(\w+)"
+)
 
 
 def value(node: fx.Node) -> Any:
@@ -95,8 +95,14 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     written = []
     for position, argument in enumerate(target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            written += [a for a in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(a, fx.Node)]
+            given = (
+                node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            )
+            written += [
+                a
+                for a in (given if isinstance(given, (list, tuple)) else [given])
+                if isinstance(a, fx.Node)
+            ]
     if target.overloadpacket in _WRITES_BUFFERS:
         written += _running_statistics(node)
     return written
@@ -110,7 +116,9 @@ def _running_statistics(node: fx.Node) -> list[fx.Node]:
     bound = arguments(node)
     if not bound.get("training", bound.get("use_input_stats")):
         return []
-    return [bound[name] for name in ("running_mean", "running_var") if isinstance(bound[name], fx.Node)]
+    return [
+        bound[name] for name in ("running_mean", "running_var") if isinstance(bound[name], fx.Node)
+    ]
 
 
 def is_opaque_call(node: fx.Node) -> bool:
@@ -170,7 +178,9 @@ def parameter_only(graph: fx.Graph) -> set[fx.Node]:
 
 def location(node: fx.Node) -> str:
     """`file:line` of the user's line that made this node, or an empty string."""
-    found = [m for m in map(_FRAME.search, str(node.meta.get("stack_trace") or "").splitlines()) if m]
+    found = [
+        m for m in map(_FRAME.search, str(node.meta.get("stack_trace") or "").splitlines()) if m
+    ]
     return f"{found[-1]['file']}:{found[-1]['line']}" if found else ""
 
 
@@ -185,7 +195,10 @@ def module_path(node: fx.Node) -> str:
 
 def clean_path(source: str) -> str:
     """`L['self']._modules['layers']._modules['0'].norm` as `layers.0.norm`."""
-    steps = [next(part for part in match if part) for match in _MODULE_STEP.findall(source.removeprefix("L"))]
+    steps = [
+        next(part for part in match if part)
+        for match in _MODULE_STEP.findall(source.removeprefix("L"))
+    ]
     return ".".join(steps[1:])
 
 

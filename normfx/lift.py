@@ -19,9 +19,7 @@ import torch
 from torch import fx
 
 from normfx import graph as g
-from normfx.algebra import Poly
-from normfx.algebra import Ring
-from normfx.algebra import number
+from normfx.algebra import Poly, Ring, number
 
 aten = torch.ops.aten
 
@@ -53,12 +51,15 @@ class Lift:
     # How many operators behind an operand are searched for x: a spelled-out norm has about ten in all.
     REACH = 48
 
-    def __init__(self, x: fx.Node, dims: frozenset[int], order: dict[fx.Node, int], *, grad: bool) -> None:
+    def __init__(
+        self, x: fx.Node, dims: frozenset[int], order: dict[fx.Node, int], *, grad: bool
+    ) -> None:
         self.x, self.dims, self.order, self.grad = x, dims, order, grad
         self.rank = len(g.shape(x) or ())
         self.ring = Ring(range(self.rank), dims)
         self.stuck: Stuck | None = None
         self.first = order[x]
+        self.floats: dict[fx.Node, torch.SymFloat] = {}
         self.values: dict[fx.Node, Any] = {x: Lifted(self.ring.x, tuple(range(self.rank)))}
         self._reaches: dict[fx.Node, bool] = {x: True}
 
@@ -85,7 +86,10 @@ class Lift:
         found = False
         while pending and not found and len(seen) <= self.REACH:
             current = pending.pop()
-            if self.order.get(current, -1) < self.first or (g.packet(current) or current.target) not in RULES:
+            if (
+                self.order.get(current, -1) < self.first
+                or (g.packet(current) or current.target) not in RULES
+            ):
                 continue
             for source in current.all_input_nodes:
                 found |= self._reaches.get(source, False)
@@ -108,7 +112,10 @@ class Lift:
         if constant is not None:
             return Lifted(number(constant), ())
         held = g.value(argument)
-        if isinstance(held, (torch.SymInt, torch.SymFloat)):
+        if isinstance(held, torch.SymFloat):
+            self.floats[argument] = held
+            return Lifted(self.ring.opaque(argument), ())
+        if isinstance(held, torch.SymInt):
             return Lifted(self.symbol(held), ())
         sizes = g.shape(argument)
         if sizes is None or not (held.is_floating_point() or not sizes):
@@ -131,8 +138,31 @@ class Lift:
             if factor.is_Integer:
                 result = result.scaled(Fraction(int(factor)))
             else:
-                result = self.ring.mul(result, self.ring.opaque(("symbol", str(factor)), nonnegative=True))
+                result = self.ring.mul(
+                    result, self.ring.opaque(("symbol", str(factor)), nonnegative=True)
+                )
         return result
+
+    def settled(self, p: Poly) -> Poly | None:
+        """P with symbolic floats replaced by their numbers, which makes them constants of the compiled graph.
+
+        An eps that dynamo made symbolic is a constant of the model. None if a number is not known when compiling.
+        """
+        total = Poly()
+        for monomial, coefficient in p.terms.items():
+            term = number(coefficient)
+            for index, exponent in monomial:
+                factor: Poly | None = Poly({((index, exponent),): Fraction(1)})
+                held = self.floats.get(self.ring.atoms[index].key)  # type: ignore[arg-type]
+                if held is not None:
+                    if not held.node.has_hint():
+                        return None
+                    factor = self.ring.power(number(float(held)), exponent)
+                if factor is None:
+                    return None
+                term = self.ring.mul(term, factor)
+            total = total + term
+        return total
 
     def count(self) -> Poly:
         """n: how many elements a statistic is taken over."""
@@ -141,7 +171,9 @@ class Lift:
         total = number(1)
         for dim in sorted(self.dims):
             size = sizes[dim]
-            total = self.ring.mul(total, number(size) if isinstance(size, int) else self.symbol(size))
+            total = self.ring.mul(
+                total, number(size) if isinstance(size, int) else self.symbol(size)
+            )
         return total
 
     # -- building blocks of the rules ------------------------------------------------------------
@@ -167,7 +199,9 @@ class Lift:
                 axes[offset + i] = axis
         return [value.poly for value in lifted if value is not None], tuple(axes)
 
-    def reduce(self, node: fx.Node, source: Any, dims: Any, keepdim: bool) -> tuple[Poly, Axes] | None:
+    def reduce(
+        self, node: fx.Node, source: Any, dims: Any, keepdim: bool
+    ) -> tuple[Poly, Axes] | None:
         """E over dims of a lifted value, if these are the dims of the site."""
         value = self.value_of(source) if isinstance(source, fx.Node) else None
         if not isinstance(value, Lifted):
@@ -185,7 +219,9 @@ class Lift:
             axes = tuple(a for i, a in enumerate(axes) if i not in reduced)
         return mean, axes
 
-    def moments(self, node: fx.Node, dims: Any, correction: Any, keepdim: bool) -> tuple[Lifted, Lifted] | None:
+    def moments(
+        self, node: fx.Node, dims: Any, correction: Any, keepdim: bool
+    ) -> tuple[Lifted, Lifted] | None:
         """(variance, mean) of a lifted value of degree one."""
         source = node.args[0]
         value = self.value_of(source) if isinstance(source, fx.Node) else None
@@ -219,13 +255,24 @@ def literal(node: fx.Node) -> float | int | None:
         held: Any = node.graph.owning_module
         for part in str(node.target).split("."):
             held = getattr(held, part, None)
-        if isinstance(held, torch.Tensor) and held.dim() == 0 and not isinstance(held, torch.nn.Parameter):
+        if (
+            isinstance(held, torch.Tensor)
+            and held.dim() == 0
+            and not isinstance(held, torch.nn.Parameter)
+        ):
             from torch._subclasses.fake_tensor import FakeTensor
 
             return None if isinstance(held, FakeTensor) else held.item()
         return None
     packet = g.packet(node)
-    if packet in (aten.lift_fresh, aten.lift_fresh_copy, aten.detach, aten.clone, aten.to, aten.alias):
+    if packet in (
+        aten.lift_fresh,
+        aten.lift_fresh_copy,
+        aten.detach,
+        aten.clone,
+        aten.to,
+        aten.alias,
+    ):
         source = node.args[0]
         return literal(source) if isinstance(source, fx.Node) else None
     if packet in (aten.full, aten.scalar_tensor, aten.full_like, aten.new_full):
@@ -336,7 +383,9 @@ def _addcmul(lift: Lift, node: fx.Node) -> Any:
     if found is None or not isinstance(scale, (int, float)):
         return None
     (a, b, c), axes = found
-    product: Poly | None = lift.ring.mul(b, c) if g.packet(node) is aten.addcmul else _divide(lift.ring, b, c)
+    product: Poly | None = (
+        lift.ring.mul(b, c) if g.packet(node) is aten.addcmul else _divide(lift.ring, b, c)
+    )
     return None if product is None else Lifted(a + product.scaled(Fraction(scale)), axes)
 
 
@@ -436,7 +485,9 @@ def _view(lift: Lift, node: fx.Node) -> Any:
         return None
     kept = [(s, a) for s, a in zip(old, value.axes, strict=True) if not _is_one(s)]
     wanted = [s for s in new if not _is_one(s)]
-    if len(kept) != len(wanted) or any(str(s) != str(w) for (s, _), w in zip(kept, wanted, strict=True)):
+    if len(kept) != len(wanted) or any(
+        str(s) != str(w) for (s, _), w in zip(kept, wanted, strict=True)
+    ):
         lift.stuck = Stuck("view-mixes-dims", node)
         return None
     axes_of = iter(a for _, a in kept)
@@ -450,7 +501,9 @@ def _expand(lift: Lift, node: fx.Node) -> Any:
     if not isinstance(value, Lifted) or new is None:
         return None
     axes: list[int | None] = [None] * (len(new) - len(value.axes)) + list(value.axes)
-    if len(new) == lift.rank:  # constant along an expanded dim, which then stands for the axis of x there
+    if (
+        len(new) == lift.rank
+    ):  # constant along an expanded dim, which then stands for the axis of x there
         taken = set(axes)
         axes = [i if a is None and i not in taken else a for i, a in enumerate(axes)]
     return Lifted(value.poly, tuple(axes))

@@ -68,7 +68,9 @@ class LiveWeights:
     def _refresh(self, args: tuple[Any, ...]) -> None:
         with self._lock:
             tensors = [args[index] for index in self._positions]
-            seen = [(weakref.ref(t), 0 if self._frozen else t._version, t.data_ptr()) for t in tensors]
+            seen = [
+                (weakref.ref(t), 0 if self._frozen else t._version, t.data_ptr()) for t in tensors
+            ]
             with torch.inference_mode(False), torch.no_grad(), _without_autocast(tensors):
                 for buffer, new in zip(self._buffers, self._compute(*tensors), strict=True):
                     buffer.copy_(new)

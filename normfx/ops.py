@@ -8,8 +8,7 @@ on tensors as well as on `torch.fx` proxies (which is how `lower` turns a node i
 from __future__ import annotations
 
 import math
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +32,8 @@ class NormSpec(NamedTuple):
         dims: the dims of x (non-negative) that the statistics are taken over; with groups, those of x viewed as
             (batch, groups, channels // groups, *rest).
         statistic: S: "variance", "mean-square", "sum-square", or "running" (given mean and variance), or
-            "batch" (BatchNorm in training: variance, and the running statistics are updated).
+            "batch" (BatchNorm in training: variance, and the running statistics are updated), or "static" (the
+            statistics are in the weight already: y = (x - running_mean) * weight + bias).
         centre: whether the mean is subtracted.
         correction: what is taken from the number of elements in a variance (1: unbiased).
         eps: the number, or None: an operand holds it.
@@ -45,6 +45,7 @@ class NormSpec(NamedTuple):
         out_dtype: the dtype of the result.
         momentum: of running statistics, in training.
         affine_dim: the dim of x that a 1-d weight and bias belong to, or None: they broadcast as they are.
+        contiguous: whether the result is laid out contiguously where x is not, as some of ATen's operators do.
         origin: the ATen operator this was, or "algebra".
     """
 
@@ -62,6 +63,7 @@ class NormSpec(NamedTuple):
     out_dtype: torch.dtype = torch.float32
     momentum: float = 0.0
     affine_dim: int | None = None
+    contiguous: bool = False
     origin: str = "algebra"
 
 
@@ -76,7 +78,7 @@ def norm(
     spec: NormSpec,
     rank: int,
 ) -> Any:
-    """scale * (x - mean) / root * weight + bias, as `spec` says.
+    """Scale * (x - mean) / root * weight + bias, as `spec` says.
 
     Shapes:
         x: any of this rank. weight, bias: broadcast against x, or (channels,) with `spec.affine_dim`.
@@ -108,12 +110,15 @@ def norm(
     if spec.statistic == "running":
         shape = [1] * rank
         shape[1 if rank > 1 else 0] = -1
-        divisor, inverse = _inverse_root(running_var.to(spec.stats_dtype).reshape(shape), spec, eps), True
+        divisor = _inverse_root(running_var.to(spec.stats_dtype).reshape(shape), spec, eps)
         h = h - running_mean.to(spec.stats_dtype).reshape(shape)
+        h = h * divisor
+    elif spec.statistic == "static":
+        h = h if running_mean is None else h - running_mean
     else:
         divisor, inverse = _divisor(h, spec, eps)
         h = h - h.mean(spec.dims, keepdim=True) if spec.centre else h
-    h = h * divisor if inverse else h / divisor
+        h = h * divisor if inverse else h / divisor
     if spec.scale != 1.0:
         h = h * spec.scale
     if spec.groups:
@@ -123,7 +128,8 @@ def norm(
         h = h * _aligned(weight, spec, affine_rank)
     if bias is not None:
         h = h + _aligned(bias, spec, affine_rank)
-    return h.to(spec.out_dtype)
+    h = h.to(spec.out_dtype)
+    return h.contiguous() if spec.contiguous else h
 
 
 def _eps(spec: NormSpec, eps: Any) -> Any:
@@ -142,7 +148,7 @@ def _divisor(h: Any, spec: NormSpec, eps: Any) -> tuple[Any, bool]:
         if variance:
             root = torch.std(h, spec.dims, correction=spec.correction, keepdim=True)
         elif spec.statistic == "sum-square":
-            root = torch.linalg_vector_norm(h, 2, spec.dims, keepdim=True)
+            root = torch.linalg.vector_norm(h, 2, spec.dims, keepdim=True)
         else:
             root = torch.sqrt((h * h).mean(spec.dims, keepdim=True))
         return (root + e if spec.eps_place == "outside" else _at_least(root, e)), False
@@ -163,7 +169,9 @@ def _inverse_root(square: Any, spec: NormSpec, eps: Any) -> Any:
 
 
 def _at_least(value: Any, low: Any) -> Any:
-    return torch.clamp_min(value, low) if isinstance(low, (int, float)) else torch.maximum(value, low)
+    return (
+        torch.clamp_min(value, low) if isinstance(low, (int, float)) else torch.maximum(value, low)
+    )
 
 
 def _aligned(operand: Any, spec: NormSpec, rank: int) -> Any:

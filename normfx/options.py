@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import fields
-from typing import Any
-from typing import Literal
-from typing import get_args
-from typing import get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
 
 from normfx.errors import OptionError
 
@@ -66,7 +61,9 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     choices = get_args(hint)
     if choices and all(isinstance(c, str) for c in choices):
         if value not in choices:
-            raise OptionError(f"option {name!r}: expected one of {', '.join(map(repr, choices))}, got {value!r}.")
+            raise OptionError(
+                f"option {name!r}: expected one of {', '.join(map(repr, choices))}, got {value!r}."
+            )
         return value
     expected = Mapping if name == "inductor" else bool
     if not isinstance(value, expected):

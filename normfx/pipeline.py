@@ -8,8 +8,7 @@ Each stage takes a graph that runs and leaves a graph that runs, and writes to t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,7 @@ from normfx.capture import capture
 from normfx.errors import StageError
 from normfx.options import Options
 from normfx.passes.fold import fold
-from normfx.passes.hoist import Hoisted
-from normfx.passes.hoist import hoist
+from normfx.passes.hoist import Hoisted, hoist
 from normfx.passes.lower import lower
 from normfx.passes.recognise import recognise
 from normfx.record import Journal
@@ -102,7 +100,9 @@ def _bodies(gm: fx.GraphModule, options: Options, journal: Journal, watch: Obser
         if getattr(node.target, "__name__", "") not in _TRANSPARENT_BODIES:
             continue
         for argument in node.args:
-            body = getattr(gm, str(argument.target), None) if isinstance(argument, fx.Node) else None
+            body = (
+                getattr(gm, str(argument.target), None) if isinstance(argument, fx.Node) else None
+            )
             if isinstance(body, fx.GraphModule):
                 inner = Journal()
                 rewritten = rewrite(body, options, inner, tracked=False)

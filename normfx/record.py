@@ -6,8 +6,7 @@ A refusal is not an error. Each has a code of the registry `REFUSALS`, which hol
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 
 
 class Refusal(enum.Enum):
@@ -15,6 +14,8 @@ class Refusal(enum.Enum):
 
     # recognition
     NOT_A_NORM = "not-a-norm"
+    FACTOR_ONLY = "factor-only"
+    UNKNOWN_STATISTIC = "unknown-statistic"
     OTHER_DIMS = "reduction-over-other-dims"
     OTHER_TENSOR = "statistic-of-another-tensor"
     BROADCAST = "broadcast-axis-differs"
@@ -52,6 +53,14 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.NOT_A_NORM: Explanation(
         "A statistic and its root were found, but no value made from them is a normalization.",
         "If this is a norm, compare it with the law table in docs/recognition.md.",
+    ),
+    Refusal.FACTOR_ONLY: Explanation(
+        "Only 1/root of a statistic is made; what it scales is not the tensor that the statistic is of.",
+        "Nothing to do; the graph runs unchanged.",
+    ),
+    Refusal.UNKNOWN_STATISTIC: Explanation(
+        "A root is taken of a value that is no moment over fixed dims (a cumulative or masked statistic, a distance).",
+        "Nothing to do; the graph runs unchanged.",
     ),
     Refusal.OTHER_DIMS: Explanation(
         "The mean and the variance (or a second reduction) are taken over different dims.",
@@ -172,6 +181,7 @@ class Site:
         weight: whether it has a factor.
         bias: whether it has a summand.
         origin: the ATen operator, or "algebra" for a spelled-out one.
+        on_weight: whether it normalizes a parameter (weight standardization, weight norm).
         records: every decision about it, in order.
     """
 
@@ -184,6 +194,7 @@ class Site:
     weight: bool = False
     bias: bool = False
     origin: str = "algebra"
+    on_weight: bool = False
     records: list[Record] = field(default_factory=list)
 
     @property

@@ -10,11 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from normfx.record import REFUSALS
-from normfx.record import Journal
-from normfx.record import NearMiss
-from normfx.record import Record
-from normfx.record import Site
+from normfx.record import REFUSALS, Journal, NearMiss, Record, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +83,11 @@ def reset() -> None:
     REPORTS.clear()
 
 
+def recognised() -> int:
+    """How many calls of normalizations on activations were recognised since the last `reset`."""
+    return sum(not site.on_weight for site in report().sites)
+
+
 def payload(journal: Journal) -> dict[str, Any]:
     """A journal as plain JSON values."""
     return {
@@ -121,6 +122,7 @@ def _site(site: Site) -> dict[str, Any]:
         "weight": site.weight,
         "bias": site.bias,
         "origin": site.origin,
+        "on_weight": site.on_weight,
         "location": site.location,
         "actions": site.actions,
         "refusals": site.refusals,
@@ -167,12 +169,16 @@ def _render(shown: Report) -> str:
         if graph.sites:
             table = Table(box=None, pad_edge=False, show_edge=False)
             for column in _COLUMNS:
-                table.add_column(column, overflow="fold", no_wrap=column in ("kind", "dims", "eps", "dtype"))
+                table.add_column(
+                    column, overflow="fold", no_wrap=column in ("kind", "dims", "eps", "dtype")
+                )
             for row in _rows(graph.sites):
                 table.add_row(*(Text(cell) for cell in row))
             console.print(table)
         for miss in graph.near_misses:
-            console.print(Text(f"near miss  {miss.code.value}  {miss.name}  {_line(miss.location)}"))
+            console.print(
+                Text(f"near miss  {miss.code.value}  {miss.name}  {_line(miss.location)}")
+            )
             console.print(Text(f"           {REFUSALS[miss.code].meaning}"))
         console.print()
     codes = sorted({r.code.value for s in shown.sites for r in s.records if r.code})
@@ -185,7 +191,11 @@ def _render(shown: Report) -> str:
 
 def _headline(graph: Journal) -> str:
     folded = sum(bool(site.actions) for site in graph.sites)
-    parts = [f"{len(graph.sites)} norms found", f"{folded} rewritten", f"{len(graph.near_misses)} near misses"]
+    parts = [
+        f"{len(graph.sites)} norms found",
+        f"{folded} rewritten",
+        f"{len(graph.near_misses)} near misses",
+    ]
     if graph.hoisted:
         parts.append(f"{graph.hoisted} tensors hoisted ({graph.folded_bytes / 2**20:.1f} MiB)")
     return f"{graph.name}{' (training)' if graph.training else ''}: {', '.join(parts)}"

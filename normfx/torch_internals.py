@@ -6,26 +6,28 @@ No other file imports an underscore name of dynamo, AOTAutograd or the proxy tra
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.proxy_tensor import track_tensor_tree
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 
 def fake_mode_of(values: Any) -> FakeTensorMode:
-    """The fake mode that dynamo traced these values under; a new one if there is none."""
+    """The fake mode of these values: dynamo's, which differs from the one its tracing context then holds."""
+    for leaf in torch.utils._pytree.tree_leaves(values):
+        if isinstance(leaf, FakeTensor):
+            return leaf.fake_mode
     return detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -65,7 +67,10 @@ def give_value(held: Any, proxy: fx.Proxy) -> Any:
 
 def cannot_be_traced(error: BaseException) -> bool:
     """Whether an operator failed under fake tensors because its result depends on the data."""
-    return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode))
+    return isinstance(
+        error,
+        (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode),
+    )
 
 
 def is_fake(held: Any) -> bool:
@@ -108,7 +113,9 @@ def tracing_context() -> ExitStack:
     return stack
 
 
-def inductor_settings(mode: str | None, options: dict[str, Any], dynamic: bool | None = None) -> dict[str, Any]:
+def inductor_settings(
+    mode: str | None, options: dict[str, Any], dynamic: bool | None = None
+) -> dict[str, Any]:
     """Inductor's settings for a `mode=` of torch.compile and a mapping of options."""
     from torch._inductor import list_mode_options
 
@@ -135,7 +142,11 @@ def log_artifact(name: str, payload: dict[str, Any]) -> None:
             metadata_fn=lambda: {"name": name, "encoding": "json"},
             payload_fn=lambda: json.dumps(payload),
         )
-    except (ImportError, TypeError, AttributeError):  # a private API: its loss costs a log entry, nothing else
+    except (
+        ImportError,
+        TypeError,
+        AttributeError,
+    ):  # a private API: its loss costs a log entry, nothing else
         return
 
 

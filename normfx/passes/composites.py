@@ -48,7 +48,10 @@ def composite(node: fx.Node) -> Core | None:
     if spec is None:
         return None
     spec = spec._replace(
-        stats_dtype=wide_dtype, norm_dtype=wide_dtype, out_dtype=out, origin=str(packet).removeprefix("aten.")
+        stats_dtype=wide_dtype,
+        norm_dtype=wide_dtype,
+        out_dtype=out,
+        origin=str(packet).removeprefix("aten."),
     )
     return Core(
         spec,
@@ -78,7 +81,11 @@ def _rms_norm(named: dict[str, Any], rank: int) -> NormSpec:
 
 def _group_norm(named: dict[str, Any], rank: int) -> NormSpec:
     return NormSpec(
-        "GroupNorm", tuple(range(2, rank + 1)), eps=named["eps"], groups=named["num_groups"], affine_dim=1
+        "GroupNorm",
+        tuple(range(2, rank + 1)),
+        eps=named["eps"],
+        groups=named["num_groups"],
+        affine_dim=1,
     )
 
 

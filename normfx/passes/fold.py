@@ -19,8 +19,7 @@ from torch import fx
 from normfx import graph as g
 from normfx.ops import norm
 from normfx.options import Options
-from normfx.record import Record
-from normfx.record import Refusal
+from normfx.record import Record, Refusal
 
 aten = torch.ops.aten
 
@@ -116,7 +115,13 @@ def fold(gm: fx.GraphModule, options: Options, *, grad: bool, tracked: bool) -> 
 
 
 def _check(
-    node: fx.Node, constant: set[fx.Node], written: set[int | None], options: Options, *, grad: bool, tracked: bool
+    node: fx.Node,
+    constant: set[fx.Node],
+    written: set[int | None],
+    options: Options,
+    *,
+    grad: bool,
+    tracked: bool,
 ) -> list[Reader] | Refused:
     if not options.allows(RULE):
         return Refused(Refusal.RULE_OFF, node)
@@ -169,10 +174,16 @@ def _keeps_last_dim(source: fx.Node, user: fx.Node) -> bool:
     if isinstance(old, (list, tuple)):
         old = old[0]
     parts = list(new) if isinstance(new, (list, tuple)) else [new]
-    if not all(isinstance(p, torch.Tensor) and p.dim() for p in parts) or not isinstance(old, torch.Tensor):
+    if not all(isinstance(p, torch.Tensor) and p.dim() for p in parts) or not isinstance(
+        old, torch.Tensor
+    ):
         return False
     rank = old.dim()
-    if any(str(p.shape[-1]) != str(old.shape[-1]) or p.dtype.is_floating_point != old.dtype.is_floating_point for p in parts):
+    if any(
+        str(p.shape[-1]) != str(old.shape[-1])
+        or p.dtype.is_floating_point != old.dtype.is_floating_point
+        for p in parts
+    ):
         return False
     if packet in (aten.transpose, aten.permute):
         order = list(range(rank))
@@ -184,12 +195,24 @@ def _keeps_last_dim(source: fx.Node, user: fx.Node) -> bool:
         return order[-1] == rank - 1
     if packet is aten.dropout:
         return not user.args[2]
-    if packet in (aten.slice, aten.select, aten.chunk, aten.split, aten.split_with_sizes, aten.unbind):
+    if packet in (
+        aten.slice,
+        aten.select,
+        aten.chunk,
+        aten.split,
+        aten.split_with_sizes,
+        aten.unbind,
+    ):
         dim = g.arguments(user).get("dim", 0)
         return isinstance(dim, int) and dim % rank != rank - 1
     if packet is aten.index:
         indices = user.args[1]
-        return isinstance(indices, (list, tuple)) and (len(indices) < rank) and parts[0].dim() >= 1 and _rows_only(user, rank)
+        return (
+            isinstance(indices, (list, tuple))
+            and (len(indices) < rank)
+            and parts[0].dim() >= 1
+            and _rows_only(user, rank)
+        )
     if packet in (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten):
         return _rows_stay(old, parts[0])
     if packet in (aten.unsqueeze, aten.squeeze):
@@ -209,7 +232,12 @@ def _rows_only(user: fx.Node, rank: int) -> bool:
 
 def _rows_stay(old: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether a view keeps the last dim: equal sizes at the end, whatever happens to the dims before it."""
-    return new.dim() > 0 and old.dim() > 0 and str(new.shape[-1]) == str(old.shape[-1]) and str(old.shape[-1]) != "1"
+    return (
+        new.dim() > 0
+        and old.dim() > 0
+        and str(new.shape[-1]) == str(old.shape[-1])
+        and str(old.shape[-1]) != "1"
+    )
 
 
 def _reader(source: fx.Node, user: fx.Node, constant: set[fx.Node]) -> Reader | Refused:
@@ -261,11 +289,15 @@ def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
             row = emit(aten.reshape.default, emit(aten.to.dtype, bias, torch.float64), [-1])
             width = (g.shape(reader.weight) or ())[1 if reader.out_first else 0]
             row = emit(aten.expand.default, row, [width])
-            shift = emit(aten.mv.default, exact if reader.out_first else emit(aten.t.default, exact), row)
+            shift = emit(
+                aten.mv.default, exact if reader.out_first else emit(aten.t.default, exact), row
+            )
             bias_dtype = dtype
             if reader.bias is not None:
                 bias_dtype = g.dtype(reader.bias) or dtype
-                shift = emit(aten.add.Tensor, shift, emit(aten.to.dtype, reader.bias, torch.float64))
+                shift = emit(
+                    aten.add.Tensor, shift, emit(aten.to.dtype, reader.bias, torch.float64)
+                )
             shift = emit(aten.to.dtype, shift, bias_dtype)
     new_bias = shift if shift is not None else reader.bias
     source = node.args[1] if g.packet(node) is aten.addmm else node.args[0]

@@ -131,7 +131,9 @@ def _computed(node: fx.Node) -> fx.Node | None:
             return None
         source = current.args[0] if current.args else None
         is_view = g.packet(current) in _VIEWS or (
-            current.target is operator.getitem and isinstance(source, fx.Node) and g.packet(source) in _VIEWS
+            current.target is operator.getitem
+            and isinstance(source, fx.Node)
+            and g.packet(source) in _VIEWS
         )
         if not is_view:
             return current
@@ -141,7 +143,11 @@ def _computed(node: fx.Node) -> fx.Node | None:
 
 def _is_hoistable(node: fx.Node) -> bool:
     held = g.tensor(node)
-    if held is None or held.layout != torch.strided or any(not isinstance(s, int) for s in held.shape):
+    if (
+        held is None
+        or held.layout != torch.strided
+        or any(not isinstance(s, int) for s in held.shape)
+    ):
         return False
     inputs = [g.tensor(n) for n in _behind([node]) if n.op == "placeholder"]
     size = sum(t.numel() for t in inputs if t is not None)

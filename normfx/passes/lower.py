@@ -13,11 +13,8 @@ import torch
 from torch import fx
 
 from normfx import graph as g
-from normfx.ops import NormSpec
-from normfx.ops import norm
-from normfx.torch_internals import fake_mode_of
-from normfx.torch_internals import real_tensors_allowed
-from normfx.torch_internals import trace_pre_dispatch
+from normfx.ops import NormSpec, norm
+from normfx.torch_internals import fake_mode_of, real_tensors_allowed, trace_pre_dispatch
 
 aten = torch.ops.aten
 
@@ -42,7 +39,13 @@ def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     rank: int = node.kwargs["rank"]  # type: ignore[assignment]
     x, weight, bias, eps, mean, var = node.args
     held = g.tensor(x)
-    if held is None or eps is not None or spec.scale != 1.0 or spec.eps_place != "inside" or spec.correction:
+    if (
+        held is None
+        or eps is not None
+        or spec.scale != 1.0
+        or spec.eps_place != "inside"
+        or spec.correction
+    ):
         return None
     affine = (weight, bias)
     if spec.origin in ("batch_norm", "instance_norm", "group_norm"):
@@ -56,8 +59,20 @@ def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
             args = (x, weight, bias, mean, var, training, spec.momentum, spec.eps, True)
             return graph.call_function(aten.batch_norm.default, args)
         if spec.origin == "group_norm":
-            return graph.call_function(aten.group_norm.default, (x, spec.groups, weight, bias, spec.eps, True))
-        args = (x, weight, bias, mean, var, spec.statistic != "running", spec.momentum, spec.eps, True)
+            return graph.call_function(
+                aten.group_norm.default, (x, spec.groups, weight, bias, spec.eps, True)
+            )
+        args = (
+            x,
+            weight,
+            bias,
+            mean,
+            var,
+            spec.statistic != "running",
+            spec.momentum,
+            spec.eps,
+            True,
+        )
         return graph.call_function(aten.instance_norm.default, args)
     trailing = spec.dims == tuple(range(rank - len(spec.dims), rank)) and spec.groups == 0
     is_layer_norm = spec.statistic == "variance" and spec.centre and trailing
@@ -65,19 +80,25 @@ def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     sizes = list(held.shape[rank - len(spec.dims) :])
     if not (is_layer_norm or is_rms_norm) or not all(isinstance(s, int) for s in sizes):
         return None
-    if not _rounds_once(spec, held.dtype) or not all(_is_like(a, sizes, held.dtype, spec) for a in affine):
+    if not _rounds_once(spec, held.dtype) or not all(
+        _is_like(a, sizes, held.dtype, spec) for a in affine
+    ):
         return None
     if is_rms_norm:
         return (
-            graph.call_function(aten.rms_norm.default, (x, sizes, weight, spec.eps)) if bias is None else None
+            graph.call_function(aten.rms_norm.default, (x, sizes, weight, spec.eps))
+            if bias is None
+            else None
         )
     return graph.call_function(aten.layer_norm.default, (x, sizes, weight, bias, spec.eps))
 
 
 def _rounds_once(spec: NormSpec, dtype: torch.dtype) -> bool:
     """Whether the result is rounded to the input's dtype once, at the end, as ATen's operators do."""
-    return spec.out_dtype == dtype and spec.norm_dtype == spec.stats_dtype and (
-        spec.stats_dtype == dtype or dtype in (torch.float16, torch.bfloat16)
+    return (
+        spec.out_dtype == dtype
+        and spec.norm_dtype == spec.stats_dtype
+        and (spec.stats_dtype == dtype or dtype in (torch.float16, torch.bfloat16))
     )
 
 
@@ -93,7 +114,13 @@ def _as_body(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) 
     spec, rank = node.kwargs["spec"], node.kwargs["rank"]
     present = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node)]
     fakes = [g.tensor(node.args[i]) for i in present]  # type: ignore[arg-type]
-    key = (spec, *((i, tuple(map(str, f.shape)), f.dtype, f.device) for i, f in zip(present, fakes, strict=True)))  # type: ignore[union-attr]
+    key = (
+        spec,
+        *(
+            (i, tuple(map(str, f.shape)), f.dtype, f.device)
+            for i, f in zip(present, fakes, strict=True)
+        ),
+    )  # type: ignore[union-attr]
     if key not in bodies:
 
         def body(*given: torch.Tensor) -> torch.Tensor:

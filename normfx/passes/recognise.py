@@ -22,27 +22,12 @@ import torch
 from torch import fx
 
 from normfx import graph as g
-from normfx.algebra import Poly
-from normfx.algebra import close
-from normfx.classify import Form
-from normfx.classify import classify
-from normfx.classify import evaluate
-from normfx.lift import RULES
-from normfx.lift import Lift
-from normfx.lift import Lifted
-from normfx.lift import Stuck
-from normfx.lift import normal_dims
-from normfx.ops import NormSpec
-from normfx.ops import norm
-from normfx.ops import short
-from normfx.passes.composites import Core
-from normfx.passes.composites import composite
-from normfx.passes.composites import wide
-from normfx.record import Journal
-from normfx.record import NearMiss
-from normfx.record import Record
-from normfx.record import Refusal
-from normfx.record import Site
+from normfx.algebra import Poly, close
+from normfx.classify import Form, classify, evaluate
+from normfx.lift import RULES, Lift, Lifted, Stuck, literal, normal_dims
+from normfx.ops import NormSpec, norm, short
+from normfx.passes.composites import Core, composite, wide
+from normfx.record import Journal, NearMiss, Record, Refusal, Site
 
 aten = torch.ops.aten
 
@@ -79,6 +64,20 @@ _LOOK_THROUGH = frozenset(
         aten.detach,
         aten.dropout,
         aten.type_as,
+    }
+)
+# Another look at the same numbers.
+_LOOKS = frozenset(
+    {
+        aten.view,
+        aten.reshape,
+        aten.unsqueeze,
+        aten.squeeze,
+        aten.expand,
+        aten.to,
+        aten._to_copy,
+        aten.alias,
+        aten.detach,
     }
 )
 # A spelled-out norm, from its first statistic to its last operator, has about fifteen nodes; the most that a
@@ -126,6 +125,7 @@ class _Recogniser:
             if getattr(node.target, "__name__", "") == "_set_grad_enabled"
         ]
         self.done: set[fx.Node] = set()  # reductions that belong to a site already
+        self.missed: set[fx.Node] = set()  # values of near misses
         self.found: list[tuple[int, Site]] = []
 
     def run(self) -> None:
@@ -137,6 +137,8 @@ class _Recogniser:
                 self._place(node, core, region=[node])
             elif g.packet(node) in REDUCTIONS and node not in self.done and node.users:
                 self._reduction(node)
+        self._static_norms()
+        self._unread_roots()
         self.journal.sites += [site for _, site in sorted(self.found, key=lambda pair: pair[0])]
 
     # -- spelled-out norms -----------------------------------------------------------------------
@@ -151,7 +153,7 @@ class _Recogniser:
             dims = normal_dims([-1 - i for i in range(len(sizes))], len(g.shape(source) or ()))  # type: ignore[arg-type]
         else:
             dims = normal_dims(named.get("dim"), len(g.shape(source) or ()))
-        miss: tuple[Stuck | None, fx.Node] | None = None
+        miss: tuple[Stuck | None, fx.Node, Lift] | None = None
         for x in self._roots(source):
             held = g.tensor(x)
             if held is None or not held.is_floating_point() or not dims:
@@ -164,7 +166,7 @@ class _Recogniser:
                 self._take(lift, matches)
                 return
             if rooted is not None and miss is None:
-                miss = (lift.stuck, rooted)
+                miss = (lift.stuck, rooted, lift)
         if miss is not None:
             self._near_miss(*miss)
 
@@ -178,7 +180,11 @@ class _Recogniser:
                 inputs = inputs[:1]
             if len({self._origin(i) for i in inputs}) == 1:
                 current = inputs[0]
-            elif g.packet(current) is aten.sub and len(inputs) == 2 and self._is_mean_of(inputs[1], inputs[0]):
+            elif (
+                g.packet(current) is aten.sub
+                and len(inputs) == 2
+                and self._is_mean_of(inputs[1], inputs[0])
+            ):
                 current = inputs[0]
             else:
                 break
@@ -187,7 +193,14 @@ class _Recogniser:
 
     def _origin(self, node: fx.Node) -> fx.Node:
         """A node behind casts and copies."""
-        while g.packet(node) in (aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias, aten.abs):
+        while g.packet(node) in (
+            aten.to,
+            aten._to_copy,
+            aten.clone,
+            aten.contiguous,
+            aten.alias,
+            aten.abs,
+        ):
             source = node.args[0]
             if not isinstance(source, fx.Node):
                 break
@@ -195,7 +208,11 @@ class _Recogniser:
         return node
 
     def _is_mean_of(self, mean: fx.Node, x: fx.Node) -> bool:
-        while g.packet(mean) not in (aten.mean, aten.sum) and mean.args and isinstance(mean.args[0], fx.Node):
+        while (
+            g.packet(mean) not in (aten.mean, aten.sum)
+            and mean.args
+            and isinstance(mean.args[0], fx.Node)
+        ):
             if g.packet(mean) not in RULES and mean.target not in RULES:
                 return False
             if g.packet(mean) in (aten.var_mean, aten.std_mean):
@@ -204,7 +221,9 @@ class _Recogniser:
         source = mean.args[0] if mean.args else None
         return isinstance(source, fx.Node) and self._origin(source) is self._origin(x)
 
-    def _forward(self, lift: Lift, reduction: fx.Node) -> tuple[list[tuple[fx.Node, Form]], fx.Node | None]:
+    def _forward(
+        self, lift: Lift, reduction: fx.Node
+    ) -> tuple[list[tuple[fx.Node, Form]], fx.Node | None]:
         """The first values after a statistic that are norms; and the first root taken of a statistic."""
         matches: list[tuple[fx.Node, Form]] = []
         rooted: fx.Node | None = None
@@ -224,7 +243,11 @@ class _Recogniser:
                     continue
                 full = [str(s) for s in g.shape(node) or ()] == x_shape
                 if full and all(a in (None, i) for i, a in enumerate(value.axes)):
-                    form = classify(lift.ring, value.poly) if _full_axes(value.axes, identity, lift) else None
+                    form = (
+                        classify(lift.ring, value.poly)
+                        if _full_axes(value.axes, identity, lift)
+                        else None
+                    )
                     if form is not None:
                         matches.append((node, form))
                         continue
@@ -239,7 +262,11 @@ class _Recogniser:
         everything = {i for i, s in enumerate(g.shape(lift.x) or ()) if str(s) != "1"}
         for index in poly.atoms():
             atom = lift.ring.atoms[index]
-            if atom.kind == "opaque" and isinstance(atom.key, fx.Node) and everything <= atom.varies:
+            if (
+                atom.kind == "opaque"
+                and isinstance(atom.key, fx.Node)
+                and everything <= atom.varies
+            ):
                 if atom.key not in self.constant and len(everything) > 0:
                     return True
         return False
@@ -263,11 +290,14 @@ class _Recogniser:
             if held is torch.float64:
                 stats = torch.float64
         n = lift.count().constant()
-        with self.graph.inserting_before(node):
-            number = evaluate(ring, denominator.eps)
-            eps = None if number is not None else self._materialise(lift, denominator.eps, node)
-            weight = None if form.weight.constant() == 1 else self._materialise(lift, form.weight, node)
-            bias = None if not form.bias else self._materialise(lift, form.bias, node)
+        settled = [lift.settled(p) for p in (denominator.eps, form.weight, form.bias)]
+        if any(p is None or not self._can_be_made(lift, p) for p in settled):
+            return None
+        eps_poly, weight_poly, bias_poly = settled
+        number = evaluate(ring, eps_poly)
+        eps = None if number is not None else self._materialise(lift, eps_poly, node)
+        weight = None if weight_poly.constant() == 1 else self._materialise(lift, weight_poly, node)
+        bias = None if not bias_poly else self._materialise(lift, bias_poly, node)
         spec = NormSpec(
             kind="",
             dims=tuple(sorted(lift.dims)),
@@ -282,6 +312,16 @@ class _Recogniser:
         )
         return Core(_presented(spec, n, tensor_eps=eps is not None), lift.x, weight, bias, eps)
 
+    def _can_be_made(self, lift: Lift, poly: Poly) -> bool:
+        """Whether a polynomial can be written with operators: symbolic sizes have no node to read."""
+        atoms = [lift.ring.atoms[i] for i in poly.atoms()]
+        return all(
+            isinstance(a.key, fx.Node)
+            if a.kind == "opaque"
+            else a.base is None or self._can_be_made(lift, a.base)
+            for a in atoms
+        )
+
     def _materialise(self, lift: Lift, poly: Poly, before: fx.Node) -> Any:
         """A polynomial of opaque operands as a node of the graph: an operand itself, or the sum that it is."""
         total: Any = None
@@ -293,7 +333,9 @@ class _Recogniser:
                 if atom.kind == "constant":
                     term = term * factor
                 else:
-                    term = factor if term == 1.0 else self._emit(aten.mul.Tensor, factor, term, before)
+                    term = (
+                        factor if term == 1.0 else self._emit(aten.mul.Tensor, factor, term, before)
+                    )
             total = term if total is None else self._emit(aten.add.Tensor, total, term, before)
         return total
 
@@ -306,7 +348,11 @@ class _Recogniser:
         if atom.kind == "floor":
             low = self._materialise(lift, atom.floor, before)  # type: ignore[arg-type]
             base = self._emit(aten.clamp_min.default, base, low, before)
-        return base if exponent == 1 else self._emit(aten.pow.Tensor_Scalar, base, float(exponent), before)
+        return (
+            base
+            if exponent == 1
+            else self._emit(aten.pow.Tensor_Scalar, base, float(exponent), before)
+        )
 
     def _emit(self, target: Any, a: Any, b: Any, before: fx.Node) -> fx.Node:
         if not isinstance(a, fx.Node):
@@ -328,14 +374,16 @@ class _Recogniser:
     def _extend(self, node: fx.Node, core: Core) -> tuple[fx.Node, Core, list[fx.Node]]:
         """Takes in what follows a norm as long as it stays weight * norm + bias (one reader at a time)."""
         taken: list[fx.Node] = []
-        if core.spec.statistic == "batch":
+        if core.spec.statistic in ("batch", "static"):
             return node, core, taken
         last, closed = node, False
         lift = Lift(node, frozenset(core.spec.dims), self.order, grad=self.grad)
         best = (node, core, taken)
         while len(last.users) == 1 and not closed:
             (user,) = last.users
-            value = lift.value_of(user) if user in self.order and user.op == "call_function" else None
+            value = (
+                lift.value_of(user) if user in self.order and user.op == "call_function" else None
+            )
             if not isinstance(value, Lifted) or value.axes != tuple(range(lift.rank)):
                 break
             if [str(s) for s in g.shape(user) or ()] != [str(s) for s in g.shape(node) or ()]:
@@ -357,7 +405,9 @@ class _Recogniser:
         weight: dict[Any, Any] = {}
         for monomial, coefficient in inside.terms.items():
             rest = tuple((i, e) for i, e in monomial if i != 0)
-            if dict(monomial).get(0) != 1 or any(lift.ring.atoms[i].kind != "opaque" for i, _ in rest):
+            if dict(monomial).get(0) != 1 or any(
+                lift.ring.atoms[i].kind != "opaque" for i, _ in rest
+            ):
                 return None
             weight[rest] = coefficient
         factor = Poly(weight)
@@ -366,12 +416,18 @@ class _Recogniser:
         if number is not None and number != 1:
             if core.weight is not None or core.bias is not None or outside:
                 return None
-            return replace(core, spec=self._after(node, core, spec._replace(scale=spec.scale * float(number))))
+            return replace(
+                core, spec=self._after(node, core, spec._replace(scale=spec.scale * float(number)))
+            )
         has_weight, has_bias = number is None, bool(outside)
-        if (has_weight and (core.weight is not None or core.bias is not None)) or (has_bias and core.bias is not None):
+        if (has_weight and (core.weight is not None or core.bias is not None)) or (
+            has_bias and core.bias is not None
+        ):
             return None
-        if len(factor.terms) > 2 or len(outside.terms) > 1 or any(
-            lift.ring.atoms[i].kind != "opaque" for i in outside.atoms()
+        if (
+            len(factor.terms) > 2
+            or len(outside.terms) > 1
+            or any(lift.ring.atoms[i].kind != "opaque" for i in outside.atoms())
         ):
             return None
         static = all(
@@ -379,7 +435,13 @@ class _Recogniser:
         )
         if not static and not self._broadcasts(lift, factor, outside):
             return None
-        if has_bias and static and not has_weight and core.weight is None and not self._channel_like(lift, outside):
+        if (
+            has_bias
+            and static
+            and not has_weight
+            and core.weight is None
+            and not self._channel_like(lift, outside)
+        ):
             return None
         if spec.affine_dim is not None and (core.weight is not None or core.bias is not None):
             return None
@@ -397,7 +459,13 @@ class _Recogniser:
         assert out is not None
         source = node.args[0] if isinstance(node.args[0], fx.Node) else None
         plain = core.weight is None and core.bias is None
-        is_cast = g.packet(node) in (aten.to, aten._to_copy, aten.type_as, aten.clone, aten.contiguous)
+        is_cast = g.packet(node) in (
+            aten.to,
+            aten._to_copy,
+            aten.type_as,
+            aten.clone,
+            aten.contiguous,
+        )
         origin = spec.origin if out == core.spec.out_dtype and is_cast else "algebra"
         if plain:  # what the norm is rounded to before its affine part
             rounded = out if is_cast else core.spec.out_dtype
@@ -410,7 +478,10 @@ class _Recogniser:
         sizes = g.shape(lift.x) or ()
         others = {i for i, s in enumerate(sizes) if i not in lift.dims and str(s) != "1"}
         return all(
-            not others <= lift.ring.atoms[i].varies for poly in polys for i in poly.atoms() if others
+            not others <= lift.ring.atoms[i].varies
+            for poly in polys
+            for i in poly.atoms()
+            if others
         ) and bool(others)
 
     def _channel_like(self, lift: Lift, bias: Poly) -> bool:
@@ -423,7 +494,13 @@ class _Recogniser:
         if refusal is not None:
             code, guilty = refusal
             self.journal.near_misses.append(
-                NearMiss(_name(node), code, g.location(node), guilty.name, f"{core.spec.kind} not replaced")
+                NearMiss(
+                    _name(node),
+                    code,
+                    g.location(node),
+                    guilty.name,
+                    f"{core.spec.kind} not replaced",
+                )
             )
             return
         last, core, taken = self._extend(node, core)
@@ -435,21 +512,32 @@ class _Recogniser:
         if core.x in self.constant:
             spec = spec._replace(kind=_WEIGHT_KINDS.get(spec.kind, f"Weight{spec.kind}"))
         rank = len(g.shape(core.x) or ())
+        spec = spec._replace(contiguous=_becomes_contiguous(core.x, last))
         operands = (core.x, core.weight, core.bias, core.eps, core.running_mean, core.running_var)
         with self.graph.inserting_after(last):
             made = self.graph.call_function(norm, operands, {"spec": spec, "rank": rank})
         g.inherit_meta(made, last)
         self.order[made] = self.order[last]
         site = _site(node, made, spec, rank)
+        site.on_weight = core.x in self.constant
         made.meta["normfx_site"] = site
         last.replace_all_uses_with(made, propagate_meta=False)
         g.erase_dead({*region, *taken, node}, self.graph)
         site.records.append(
-            Record("recognise", f"recognise-{spec.origin.replace('_', '-')}", True, None, made.name, site.location)
+            Record(
+                "recognise",
+                f"recognise-{spec.origin.replace('_', '-')}",
+                True,
+                None,
+                made.name,
+                site.location,
+            )
         )
         self.found.append((self.order[last], site))
 
-    def _unsafe(self, node: fx.Node, core: Core, region: list[fx.Node]) -> tuple[Refusal, fx.Node] | None:
+    def _unsafe(
+        self, node: fx.Node, core: Core, region: list[fx.Node]
+    ) -> tuple[Refusal, fx.Node] | None:
         """Why a region may not be replaced by one node at its end, if so."""
         operands = (core.x, core.weight, core.bias, core.eps, core.running_mean, core.running_var)
         inputs = [i for i in operands if isinstance(i, fx.Node)]
@@ -464,13 +552,120 @@ class _Recogniser:
             return Refusal.GRAD_MODE, node
         return None
 
-    def _near_miss(self, stuck: Stuck | None, rooted: fx.Node) -> None:
-        code = Refusal.NOT_A_NORM if stuck is None else _LAWS.get(stuck.law, Refusal.NOT_A_NORM)
+    def _near_miss(self, stuck: Stuck | None, rooted: fx.Node, lift: Lift) -> None:
+        value = lift.values.get(rooted)
+        if isinstance(value, Lifted) and not any(
+            lift.ring.atoms[i].has_x for i in value.poly.atoms()
+        ):
+            code = Refusal.FACTOR_ONLY
+        else:
+            code = Refusal.NOT_A_NORM
+        if stuck is not None and stuck.law in _LAWS and stuck.law != "operator-law":
+            code = _LAWS[stuck.law]
         guilty = rooted if stuck is None else stuck.node
-        self.journal.near_misses.append(NearMiss(_name(rooted), code, g.location(guilty), guilty.name))
+        self.missed.update(n for n, v in lift.values.items() if v is not None)
+        self.journal.near_misses.append(
+            NearMiss(_name(rooted), code, g.location(guilty), guilty.name)
+        )
+
+    def _unread_roots(self) -> None:
+        """Records roots of activations that no statistic over fixed dims leads to (a cumulative one, say)."""
+        for node in self.graph.nodes:
+            if g.packet(node) not in (aten.rsqrt,) or node in self.constant or node in self.missed:
+                continue
+            held = g.tensor(node)
+            if held is not None and held.dim():
+                self.journal.near_misses.append(
+                    NearMiss(_name(node), Refusal.UNKNOWN_STATISTIC, g.location(node), node.name)
+                )
+
+    # -- statistics that are parameters -----------------------------------------------------------
+
+    def _static_norms(self) -> None:
+        """X * A + B, where A is made with the root of a given variance: a frozen BatchNorm, UN in eval mode."""
+        for root in [
+            n for n in self.graph.nodes if n in self.constant and _is_root_of_given_variance(n)
+        ]:
+            pending, seen = [root], {root}
+            while pending:
+                for user in list(pending.pop().users):
+                    if user in seen:
+                        continue
+                    seen.add(user)
+                    if user in self.constant:
+                        pending.append(user)
+                    elif user in self.order and g.packet(user) in (
+                        aten.mul,
+                        aten.div,
+                        aten.addcmul,
+                    ):
+                        self._static(user, root)
+
+    def _static(self, node: fx.Node, root: fx.Node) -> None:
+        dynamic = [i for i in node.all_input_nodes if i not in self.constant]
+        if len(dynamic) != 1 or g.shape(dynamic[0]) is None:
+            return
+        x, mean = dynamic[0], None
+        lift = Lift(x, frozenset(), self.order, grad=self.grad)
+        last, form = None, None
+        current: fx.Node | None = node
+        while current is not None:
+            value = lift.value_of(current)
+            same = [str(s) for s in g.shape(current) or ()] == [str(s) for s in g.shape(x) or ()]
+            if not isinstance(value, Lifted) or value.axes != tuple(range(lift.rank)) or not same:
+                break
+            inside, outside = lift.ring.split(value.poly, ("x",))
+            linear = all(dict(m).get(0) == 1 for m in inside.terms)
+            opaque = {i for i in inside.atoms() | outside.atoms() if i}
+            if not linear or any(lift.ring.atoms[i].key not in self.constant for i in opaque):
+                break
+            last = current
+            form = (
+                Poly({tuple((i, e) for i, e in m if i): c for m, c in inside.terms.items()}),
+                outside,
+            )
+            (current,) = current.users if len(current.users) == 1 else (None,)
+            if current is not None and (current.op != "call_function" or current not in self.order):
+                break
+        if last is None or form is None:
+            return
+        subtracted = []
+        if (
+            g.packet(x) is aten.sub
+            and len(x.users) == 1
+            and x.args[1] in self.constant
+            and not x.kwargs
+        ):
+            if str(g.shape(x.args[0])) == str(g.shape(x)):  # type: ignore[arg-type]
+                subtracted = [x]
+                x, mean = x.args[0], x.args[1]  # type: ignore[assignment]
+        out = g.dtype(last)
+        assert out is not None
+        stats = wide(torch.promote_types(g.dtype(x) or out, out))
+        spec = NormSpec(
+            "FrozenBatchNorm",
+            (),
+            "static",
+            eps=_given_eps(root),
+            stats_dtype=stats,
+            norm_dtype=stats,
+            out_dtype=out,
+        )
+        weight = self._materialise(lift, form[0], last)
+        bias = self._materialise(lift, form[1], last) if form[1] else None
+        if not isinstance(weight, fx.Node) or not (bias is None or isinstance(bias, fx.Node)):
+            return
+        region = [
+            n for n, v in lift.values.items() if v is not None and self.order[n] <= self.order[last]
+        ]
+        self._place(last, Core(spec, x, weight, bias, None, mean), [*region, *subtracted])
 
 
-_WEIGHT_KINDS = {"LayerNorm": "WeightStandardization", "BatchNorm": "WeightStandardization", "L2Norm": "WeightNorm"}
+_WEIGHT_KINDS = {
+    "LayerNorm": "WeightStandardization",
+    "BatchNorm": "WeightStandardization",
+    "L2Norm": "WeightNorm",
+}
 
 
 def _has_root(lift: Lift, poly: Poly) -> bool:
@@ -505,7 +700,9 @@ def _presented(spec: NormSpec, n: Fraction | None, *, tensor_eps: bool) -> NormS
     ):
         scale = spec.scale * math.sqrt(count)
         scale = 1.0 if close(scale, 1.0) else scale
-        spec = spec._replace(statistic="sum-square", scale=scale, eps=spec.eps * _by_place(spec, count))
+        spec = spec._replace(
+            statistic="sum-square", scale=scale, eps=spec.eps * _by_place(spec, count)
+        )
     return spec._replace(eps=_tidy(spec.eps))
 
 
@@ -527,7 +724,7 @@ def _kind(spec: NormSpec) -> str:
 
 
 def _site(node: fx.Node, made: fx.Node, spec: NormSpec, rank: int) -> Site:
-    dims = spec.dims
+    dims = tuple(range(1, rank)) if spec.groups else spec.dims
     if spec.groups == 0 and dims and dims == tuple(range(rank - len(dims), rank)):
         dims = tuple(d - rank for d in dims)
     return Site(
@@ -541,6 +738,38 @@ def _site(node: fx.Node, made: fx.Node, spec: NormSpec, rank: int) -> Site:
         bias=made.args[2] is not None,
         origin=spec.origin,
     )
+
+
+def _becomes_contiguous(x: fx.Node, result: fx.Node) -> bool:
+    """Whether the result is laid out contiguously although x is not: later views may rely on it."""
+    given, made = g.tensor(x), g.tensor(result)
+    if given is None or made is None or str(given.stride()) == str(made.stride()):
+        return False
+    return made.is_contiguous()
+
+
+def _is_root_of_given_variance(node: fx.Node) -> bool:
+    """sqrt(p + eps) or its inverse, of a given p and a positive number eps."""
+    packet = g.packet(node)
+    half = packet is aten.pow and node.args[1] in (0.5, -0.5)
+    return (packet in (aten.rsqrt, aten.sqrt) or half) and _given_eps(node) is not None
+
+
+def _given_eps(root: fx.Node) -> float | None:
+    """The eps of sqrt(p + eps) where p is a parameter or buffer behind views and casts, else None."""
+    radicand = root.args[0]
+    if (
+        not isinstance(radicand, fx.Node)
+        or g.packet(radicand) is not aten.add
+        or len(radicand.args) != 2
+    ):
+        return None
+    given, eps = radicand.args
+    eps = literal(eps) if isinstance(eps, fx.Node) else eps
+    while isinstance(given, fx.Node) and g.packet(given) in _LOOKS:
+        given = given.args[0]
+    plain = isinstance(given, fx.Node) and given.op in ("placeholder", "get_attr")
+    return float(eps) if plain and isinstance(eps, (int, float)) and eps > 0 else None
 
 
 def _name(node: fx.Node) -> str:
