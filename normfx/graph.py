@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfx.torch_internals import is_fake, is_module_state
+from normfx.torch_internals import fake_mode_of, is_fake, is_module_state
 
 _FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)')
 _MODULE_STEP = re.compile(
@@ -22,31 +22,33 @@ _MODULE_STEP = re.compile(
 )
 
 
-def value(node: fx.Node) -> Any:
+def value(node: Any) -> Any:
     """The fake value of a node (a tensor, a symbolic number, a tuple), or None if it has none."""
+    if not isinstance(node, fx.Node):
+        return None
     meta = node.meta
     return meta["val"] if "val" in meta else meta.get("example_value")
 
 
 def tensor(node: Any) -> torch.Tensor | None:
     """The fake tensor that a node holds, or None if the argument is no node or holds no tensor."""
-    held = value(node) if isinstance(node, fx.Node) else None
+    held = value(node)
     return held if isinstance(held, torch.Tensor) else None
 
 
-def shape(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:
+def shape(node: Any) -> tuple[int | torch.SymInt, ...] | None:
     """The shape of a node's tensor, or None."""
     held = tensor(node)
     return None if held is None else tuple(held.shape)
 
 
-def dtype(node: fx.Node) -> torch.dtype | None:
+def dtype(node: Any) -> torch.dtype | None:
     """The dtype of a node's tensor, or None."""
     held = tensor(node)
     return None if held is None else held.dtype
 
 
-def storage(node: fx.Node) -> int | None:
+def storage(node: Any) -> int | None:
     """An identity of the storage behind a node's tensor: equal for a tensor and its views."""
     held = tensor(node)
     if held is None or held.layout != torch.strided:
@@ -57,17 +59,22 @@ def storage(node: fx.Node) -> int | None:
         return None
 
 
+def fake_mode(node: fx.Node) -> Any:
+    """The fake mode of a node's value, to compute the value of a new node under."""
+    return fake_mode_of([value(node)])
+
+
 def is_call(node: Any, *targets: object) -> bool:
     """Whether the argument is a call of one of these targets."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
-def packet(node: fx.Node) -> torch._ops.OpOverloadPacket | None:
+def packet(node: Any) -> torch._ops.OpOverloadPacket | None:
     """The ATen operator that a node calls, without its overload, or None."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
     target = node.target
-    if node.op == "call_function" and isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket
-    return None
+    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else None
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

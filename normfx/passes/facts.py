@@ -1,0 +1,58 @@
+"""Facts about a captured graph that recognition reads: order, what is constant, what is written to and when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from normfx import graph as g
+from normfx.record import Refusal
+
+
+class Facts:
+    """The graph as recognition sees it. Nodes that are added take the place in the order of the one they serve."""
+
+    def __init__(self, gm: fx.GraphModule, *, grad: bool) -> None:
+        self.graph, self.grad = gm.graph, grad
+        self.order = {node: index for index, node in enumerate(gm.graph.nodes)}
+        self.constant = g.parameter_only(gm.graph)
+        self._writes = [
+            (node, {g.storage(a) for a in g.mutated_arguments(node)})
+            for node in gm.graph.nodes
+            if g.mutated_arguments(node)
+        ]
+        self._grad_switches = [
+            self.order[node]
+            for node in gm.graph.nodes
+            if getattr(node.target, "__name__", "") == "_set_grad_enabled"
+        ]
+
+    def emit(self, target: Any, a: Any, b: Any, before: fx.Node) -> fx.Node:
+        """A call of a binary operator before a node, with its value; one of the operands is a node."""
+        if not isinstance(a, fx.Node):
+            a, b = b, a
+        with self.graph.inserting_before(before):
+            made = self.graph.call_function(target, (a, b))
+        with g.fake_mode(a), torch.no_grad():
+            made.meta["val"] = target(g.tensor(a), g.tensor(b) if isinstance(b, fx.Node) else b)
+        made.meta["stack_trace"] = before.meta.get("stack_trace")
+        self.order[made] = self.order[before]
+        if all(i in self.constant for i in made.all_input_nodes):
+            self.constant.add(made)
+        return made
+
+    def unsafe(
+        self, node: fx.Node, inputs: list[fx.Node], region: list[fx.Node]
+    ) -> tuple[Refusal, fx.Node] | None:
+        """Why a region may not be replaced by one node at its end, which reads the inputs there, if so."""
+        inside = [n for n in (*region, node) if self.order[n] <= self.order[node]]
+        first, last = min(self.order[n] for n in inside), self.order[node]
+        watched = {g.storage(n) for n in (*inputs, *inside)} - {None}
+        for writer, written in self._writes:
+            if first <= self.order[writer] < last and written & watched:
+                return Refusal.MUTATED, writer
+        if any(first < switch < last for switch in self._grad_switches):
+            return Refusal.GRAD_MODE, node
+        return None
