@@ -76,7 +76,7 @@ def write_through_view(model, x):
     ids=lambda change: change.__name__,
 )
 def test_follows(change):
-    model, x = head(), torch.randn(3, 8)
+    model, x = head(), torch.randn(64, 8)
     fast = folded(model, x)
     before = fast(x).detach()
     change(model, x)
@@ -88,7 +88,7 @@ def test_follows(change):
 
 def test_set_data_twice_between_calls():
     """The second tensor often gets the memory that the first change gave back: same address, other values."""
-    model, x = head(64), torch.randn(3, 64)
+    model, x = head(64), torch.randn(64, 64)
     fast = folded(model, x)
     for _ in range(20):
         model[0].weight.data = model[0].weight.data * 1.5
@@ -97,7 +97,7 @@ def test_set_data_twice_between_calls():
 
 
 def test_half_and_back():
-    model, x = head(64), torch.randn(3, 64)
+    model, x = head(64), torch.randn(64, 64)
     fast = folded(model, x)
     for _ in range(5):
         model.half().float()
@@ -105,7 +105,7 @@ def test_half_and_back():
 
 
 def test_refold_after_an_untracked_write():
-    model, x = head(), torch.randn(3, 8)
+    model, x = head(), torch.randn(64, 8)
     fast = folded(model, x)
     model[0].weight.data.mul_(3)
     normfx.refold(model)
@@ -113,7 +113,7 @@ def test_refold_after_an_untracked_write():
 
 
 def test_frozen_does_not_look_again():
-    model, x = head(), torch.randn(3, 8)
+    model, x = head(), torch.randn(64, 8)
     fast = folded(model, x, weights="frozen")
     with torch.no_grad():
         before = fast(x)
@@ -158,7 +158,7 @@ class Twice(nn.Module):
 
 
 def test_a_block_applied_twice():
-    model, x = roughened(Twice()), torch.randn(3, 8)
+    model, x = roughened(Twice()), torch.randn(64, 8)
     fast = folded(model, x)
     assert [site.actions for site in normfx.report().sites] == [["fold-affine-into-linear"]] * 2
     with torch.no_grad():
@@ -177,13 +177,13 @@ class SharedLinear(nn.Module):
 
 
 def test_a_linear_behind_two_norms_and_none():
-    model, x = roughened(SharedLinear()), torch.randn(3, 8)
+    model, x = roughened(SharedLinear()), torch.randn(64, 8)
     model.second.weight.data.mul_(2)
     folded(model, x)
 
 
 def test_state_dict_is_untouched():
-    model, x = roughened(Twice()), torch.randn(3, 8)
+    model, x = roughened(Twice()), torch.randn(64, 8)
     before = {name: (held, held.clone()) for name, held in model.state_dict(keep_vars=True).items()}
     folded(model, x)
     after = model.state_dict(keep_vars=True)
@@ -197,7 +197,7 @@ def test_inference_mode():
     model = head()
     fast = compiled(model)
     with torch.inference_mode():
-        x = torch.randn(3, 8)
+        x = torch.randn(64, 8)
         got, eager = fast(x), model(x)
         exact = copy.deepcopy(model).double()(x.double())
     assert_within_contract(got, eager, exact)
@@ -209,7 +209,7 @@ def test_inference_mode():
 
 
 def test_compiled_under_inference_mode_then_called_without():
-    model, x = head(), torch.randn(3, 8)
+    model, x = head(), torch.randn(64, 8)
     fast = compiled(model)
     with torch.inference_mode():
         fast(x)
@@ -221,7 +221,7 @@ def test_compiled_under_inference_mode_then_called_without():
 
 def test_parameters_made_in_inference_mode():
     with torch.inference_mode():
-        model, x = head(), torch.randn(3, 8)
+        model, x = head(), torch.randn(64, 8)
         fast = compiled(model)
         for _ in range(2):
             assert_within_contract(fast(x), model(x), copy.deepcopy(model).double()(x.double()))
@@ -231,12 +231,12 @@ def test_parameters_made_in_inference_mode():
 
 def test_parameters_made_in_inference_mode_fold_when_frozen():
     with torch.inference_mode():
-        model, x = head(), torch.randn(3, 8)
+        model, x = head(), torch.randn(64, 8)
         folded(model, x, weights="frozen")
 
 
 def test_training_after_inference():
-    model, x = head(), torch.randn(3, 8)
+    model, x = head(), torch.randn(64, 8)
     fast = folded(model, x)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
@@ -306,7 +306,7 @@ def test_gradients_wanted_inside_no_grad():
             with torch.enable_grad():
                 return self.head(x)
 
-    model, x = Enabled(), torch.randn(3, 8)
+    model, x = Enabled(), torch.randn(64, 8)
     fast = compiled(model)
     with torch.no_grad():
         got, eager = fast(x), model(x)
@@ -339,7 +339,7 @@ def test_buffers_that_the_model_updates_between_calls():
             self.factor.add_(1)
             return y
 
-    model, x = Counter(), torch.randn(3, 8)
+    model, x = Counter(), torch.randn(64, 8)
     eager = copy.deepcopy(model)
     exact = copy.deepcopy(model).double()
     fast = compiled(model)
