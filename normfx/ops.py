@@ -151,7 +151,9 @@ def _divisor(h: Any, spec: NormSpec, eps: Any) -> tuple[Any, bool]:
             root = torch.linalg.vector_norm(h, 2, spec.dims, keepdim=True)
         else:
             root = torch.sqrt((h * h).mean(spec.dims, keepdim=True))
-        return (root + e if spec.eps_place == "outside" else _at_least(root, e)), False
+        if spec.eps_place == "floor":
+            return _at_least(root, e), False
+        return (root + e if eps is not None or e else root), False
     if variance:
         square = torch.var(h, spec.dims, correction=spec.correction, keepdim=True)
     elif spec.statistic == "sum-square":

@@ -90,20 +90,20 @@ def fold(gm: fx.GraphModule, options: Options, *, grad: bool, tracked: bool) -> 
         grad: whether gradients flow; then nothing is folded, since the product would be computed in every step.
         tracked: whether changes of the parameters can be noticed.
 
-    Every norm that has an affine part gets one record.
+    Every norm of an activation gets one record.
 
     Refuses:
-        rule-off, needs-grad, weight-not-tracked, affine-not-constant, dim-not-last, no-reader, extra-user, reader-not-linear,
+        no-affine, rule-off, needs-grad, weight-not-tracked, affine-not-constant, dim-not-last, no-reader, extra-user, reader-not-linear,
         weight-not-constant, dtype-differs.
     """
     constant = g.parameter_only(gm.graph)
     written = g.written_storages(gm.graph)
     for node in list(gm.graph.nodes):
-        if not g.is_call(node, norm) or (node.args[1] is None and node.args[2] is None):
+        if (
+            not g.is_call(node, norm) or node.args[0] in constant
+        ):  # a standardised weight: hoist takes all of it
             continue
         site = node.meta["normfx_site"]
-        if node.args[0] in constant:
-            continue  # a standardised weight: hoist takes all of it
         plan = _check(node, constant, written, options, grad=grad, tracked=tracked)
         if isinstance(plan, Refused):
             record = Record("fold", RULE, False, plan.code, plan.node.name, g.location(plan.node))
@@ -123,6 +123,8 @@ def _check(
     grad: bool,
     tracked: bool,
 ) -> list[Reader] | Refused:
+    if node.args[1] is None and node.args[2] is None:
+        return Refused(Refusal.NOT_AFFINE, node)
     if not options.allows(RULE):
         return Refused(Refusal.RULE_OFF, node)
     if grad:
@@ -284,7 +286,8 @@ def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
             scale = emit(aten.reshape.default, emit(aten.to.dtype, weight, torch.float64), [-1])
             if not reader.out_first:
                 scale = emit(aten.unsqueeze.default, scale, 1)
-            folded = emit(aten.to.dtype, emit(aten.mul.Tensor, exact, scale), dtype)
+            product = emit(aten.mul.Tensor, exact, scale)
+            folded = emit(aten.to.dtype, product, dtype, like=g.value(reader.weight))
         if bias is not None:
             row = emit(aten.reshape.default, emit(aten.to.dtype, bias, torch.float64), [-1])
             width = (g.shape(reader.weight) or ())[1 if reader.out_first else 0]
@@ -298,7 +301,8 @@ def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
                 shift = emit(
                     aten.add.Tensor, shift, emit(aten.to.dtype, reader.bias, torch.float64)
                 )
-            shift = emit(aten.to.dtype, shift, bias_dtype)
+            like = g.value(reader.bias) if reader.bias is not None else _column(reader)
+            shift = emit(aten.to.dtype, shift, bias_dtype, like=like)
     new_bias = shift if shift is not None else reader.bias
     source = node.args[1] if g.packet(node) is aten.addmm else node.args[0]
     if g.packet(node) is aten.addmm:
@@ -314,18 +318,24 @@ def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
         node.args = (source, transposed, new_bias)
 
 
+def _column(reader: Reader) -> torch.Tensor:
+    """A fake tensor like the bias that a reader has not got: one element for each output."""
+    held = g.tensor(reader.weight)
+    assert held is not None
+    with g.fake_mode(reader.weight), torch.no_grad():
+        return held.new_empty(held.shape[0 if reader.out_first else 1])
+
+
 class _Emitter:
-    """Makes nodes with values: each stands for what the operator gives on the fake values of its arguments."""
+    """Makes nodes at a place. They get no value, but for the results, which look like what they replace."""
 
     def __init__(self, graph: fx.Graph, at: fx.Node) -> None:
         self.graph, self.at = graph, at
 
-    def __call__(self, target: Any, *args: Any) -> fx.Node:
+    def __call__(self, target: Any, *args: Any, like: Any = None) -> fx.Node:
         made = self.graph.call_function(target, args)
-        fake = [g.tensor(a) if isinstance(a, fx.Node) else a for a in args]
-        mode = next(f.fake_mode for f in fake if hasattr(f, "fake_mode"))
-        with mode, torch.no_grad():
-            made.meta["val"] = target(*fake)
+        if like is not None:
+            made.meta["val"] = like
         made.meta["stack_trace"] = self.at.meta.get("stack_trace")
         made.meta["normfx_rule"] = RULE
         return made

@@ -304,6 +304,10 @@ def _presented(spec: NormSpec, n: Fraction | None, *, tensor_eps: bool) -> NormS
     """The same function with the numbers as people write them: unbiased variance, sums instead of means."""
     if close(spec.scale, 1.0):
         spec = spec._replace(scale=1.0)
+    if (
+        spec.eps == 0 and not tensor_eps
+    ):  # a root without eps: torch's norm and deviation know its slope at zero
+        spec = spec._replace(eps_place="outside")
     if n is None or n <= 1 or tensor_eps or spec.eps is None:
         return spec._replace(eps=_tidy(spec.eps))
     count = float(n)
