@@ -19,6 +19,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from normfx import graph as g
+from normfx.replay import Replays
 from normfx.torch_internals import (
     cannot_be_traced,
     copy_placeholder,
@@ -74,6 +75,7 @@ class _Capture(fx.Interpreter):
         super().__init__(gm, garbage_collect_values=False)
         self.bodies: dict[str, fx.GraphModule] = {}
         self._verbatim = verbatim_nodes(gm.graph)
+        self._replays = Replays(gm.graph)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr" and isinstance(
@@ -84,7 +86,9 @@ class _Capture(fx.Interpreter):
         if n not in self._verbatim:
             last = next(iter(reversed(tracer().graph.nodes)), None)
             try:
-                return super().run_node(n)
+                if self._replays.covers(n, self.env):
+                    return self._replays.replay(n, self.env)
+                return self._replays.learn(n, self.env, last, super().run_node(n))
             except RuntimeError as error:
                 if not cannot_be_traced(error):
                     raise

@@ -19,7 +19,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import (
+    _ProxyTensor,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    set_proxy_slot,
+    track_tensor_tree,
+)
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 
@@ -63,6 +70,23 @@ def give_value(held: Any, proxy: fx.Proxy) -> Any:
     """Binds a fake value to a node, so that later operations on the value refer to the node."""
     track_tensor_tree(held, proxy, constant=None, tracer=tracer())
     return held
+
+
+def bind(held: torch.Tensor, node: fx.Node) -> None:
+    """As `give_value`, for a fake tensor without symbolic sizes, and without a copy of it for the node."""
+    node.meta["val"] = held
+    set_proxy_slot(held, tracer(), _ProxyTensor(fx.Proxy(node, tracer()), None))
+
+
+def node_of(held: torch.Tensor) -> fx.Node | None:
+    """The node of the running trace that a fake value stands for, or None."""
+    slot = get_proxy_slot(held, tracer(), None)
+    return None if slot is None else slot.proxy.node
+
+
+def is_traced(held: torch.Tensor) -> bool:
+    """Whether a fake value stands for some node of the running trace."""
+    return get_proxy_slot(held, tracer(), None) is not None
 
 
 def cannot_be_traced(error: BaseException) -> bool:
