@@ -1,0 +1,249 @@
+"""Recognise: ATen's own norms by their arguments, near misses by the law that failed.
+
+Spelled-out norms are drawn at random in test_spellings.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from assertions import assert_agrees, assert_within_contract, compiled
+from models import roughened
+from torch import nn
+
+import normfx
+
+
+def batch_norm_eval():
+    return nn.BatchNorm2d(6).eval()
+
+
+MODULES = {
+    "LayerNorm": (lambda: nn.LayerNorm(5, eps=1e-4), (-1,), 1e-4, "layer_norm"),
+    "LayerNorm-2d": (lambda: nn.LayerNorm((4, 5)), (-2, -1), 1e-5, "layer_norm"),
+    "LayerNorm-no-bias": (lambda: nn.LayerNorm(5, bias=False), (-1,), 1e-5, "layer_norm"),
+    "LayerNorm-plain": (
+        lambda: nn.LayerNorm(5, elementwise_affine=False),
+        (-1,),
+        1e-5,
+        "layer_norm",
+    ),
+    "RMSNorm": (lambda: nn.RMSNorm(5, eps=1e-6), (-1,), 1e-6, "rms_norm"),
+    "RMSNorm-default": (lambda: nn.RMSNorm(5), (-1,), torch.finfo(torch.float32).eps, "rms_norm"),
+    "GroupNorm": (lambda: nn.GroupNorm(3, 6), (1, 2, 3), 1e-5, "group_norm"),
+    "InstanceNorm": (lambda: nn.InstanceNorm2d(6, affine=True), (-2, -1), 1e-5, "instance_norm"),
+    "BatchNorm": (batch_norm_eval, (), 1e-5, "batch_norm"),
+    "BatchNorm-training": (
+        lambda: nn.BatchNorm2d(6, track_running_stats=False),
+        (0, 2, 3),
+        1e-5,
+        "batch_norm",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_modules(case):
+    make, dims, eps, origin = MODULES[case]
+    model = roughened(make())
+    assert_agrees(model, torch.randn(3, 6, 4, 5))
+    (site,) = normfx.report().sites
+    assert site.kind == case.split("-")[0]
+    assert site.dims == dims
+    assert site.eps == pytest.approx(eps)
+    assert site.origin == origin
+    assert site.dtype == "float32"
+    assert site.weight is (getattr(model, "weight", None) is not None)
+    assert site.bias is (getattr(model, "bias", None) is not None)
+
+
+@pytest.mark.parametrize("case", MODULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtypes(case, dtype):
+    assert_agrees(roughened(MODULES[case][0]()).to(dtype), torch.randn(3, 6, 4, 5).to(dtype))
+    (site,) = normfx.report().sites
+    assert site.dtype == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_gradients(case):
+    model = roughened(nn.Sequential(nn.Conv2d(6, 6, 1), MODULES[case][0]()))
+    assert_agrees(model, torch.randn(3, 6, 4, 5), grad=True)
+    assert len(normfx.report().sites) == 1
+
+
+def test_reference_formulas():
+    """Eager as torch has it and the formulas agree, so a test may use either."""
+    x = torch.randn(3, 6, 4, 5).double()
+    weight, bias = torch.rand(5).double(), torch.randn(5).double()
+    per_channel, shift = torch.rand(6).double(), torch.randn(6).double()
+    mean, variance = torch.randn(6).double(), torch.rand(6).double()
+    trained, batch_mean, batch_variance = reference.batch_norm_training(x, per_channel, shift, 1e-5)
+    running = (torch.zeros(6).double(), torch.ones(6).double())
+    pairs = [
+        (F.layer_norm(x, (5,), weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5)),
+        (F.layer_norm(x, (4, 5)), reference.layer_norm(x, None, None, 1e-5, dims=2)),
+        (F.rms_norm(x, (5,), weight, 1e-5), reference.rms_norm(x, weight, 1e-5)),
+        (F.normalize(x, dim=1), reference.l2_norm(x, 1e-12, dim=1)),
+        (
+            F.group_norm(x, 3, per_channel, shift),
+            reference.group_norm(x, 3, per_channel, shift, 1e-5),
+        ),
+        (
+            F.instance_norm(x, weight=per_channel, bias=shift),
+            reference.instance_norm(x, per_channel, shift, 1e-5),
+        ),
+        (
+            F.batch_norm(x, mean, variance, per_channel, shift),
+            reference.batch_norm(x, mean, variance, per_channel, shift, 1e-5),
+        ),
+        (F.batch_norm(x, *running, per_channel, shift, True, 1.0), trained),
+        (running[0], batch_mean),
+        (running[1], batch_variance),
+    ]
+    for got, exact in pairs:
+        # Two float64 computations in another order: a few ulp of the largest value, for up to 60 summands.
+        assert (got - exact).abs().max() <= 60 * torch.finfo(torch.float64).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "l2_norm"])
+def test_against_the_formula(name):
+    x, weight, bias = torch.randn(64, 32), torch.rand(32) + 0.5, torch.randn(32)
+    eager, exact = {
+        "layer_norm": (
+            lambda x: F.layer_norm(x, (32,), weight, bias),
+            reference.layer_norm(x, weight, bias, 1e-5),
+        ),
+        "rms_norm": (
+            lambda x: F.rms_norm(x, (32,), weight, 1e-6),
+            reference.rms_norm(x, weight, 1e-6),
+        ),
+        "l2_norm": (lambda x: F.normalize(x, dim=-1), reference.l2_norm(x, 1e-12)),
+    }[name]
+    assert_within_contract(compiled(eager)(x), eager(x), exact)
+    assert len(normfx.report().sites) == 1
+
+
+def test_batch_norm_in_training_updates_its_statistics():
+    model = roughened(nn.BatchNorm2d(6))
+    assert_agrees(model, torch.randn(3, 6, 4, 5), grad=True)
+    (site,) = normfx.report().sites
+    assert site.kind == "BatchNorm"
+
+
+HARD = {
+    "zeros": torch.zeros(8, 32),
+    "constant-rows": torch.full((8, 32), 3.0),
+    "large-mean": 1e4 + torch.randn(8, 32),
+    "tiny": 1e-18 * torch.randn(8, 32),
+    "huge": 1e18 * torch.randn(8, 32),
+    "one-row": torch.randn(1, 32),
+    "not-contiguous": torch.randn(32, 8).t(),
+    "broadcast-strides": torch.randn(8, 1).expand(8, 32),
+}
+
+
+def spelled_layer_norm(x):
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(x.var(-1, keepdim=True, correction=0) + 1e-5)
+
+
+def spelled_rms_norm(x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+SPELLED = {
+    "layer-norm": spelled_layer_norm,
+    "rms-norm": spelled_rms_norm,
+    "normalize": lambda x: F.normalize(x, dim=-1),
+}
+
+
+@pytest.mark.parametrize("rows", HARD)
+@pytest.mark.parametrize("name", SPELLED)
+def test_hard_rows(name, rows):
+    function, x = SPELLED[name], HARD[rows]
+    assert_within_contract(compiled(function)(x), function(x), function(x.double()))
+    assert len(normfx.report().sites) == 1
+
+
+def near_miss(function, *inputs, grad=False):
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(compiled(function)(*inputs), function(*inputs))
+    assert normfx.report().sites == []
+    return [miss.code.value for miss in normfx.report().near_misses]
+
+
+def test_near_miss_other_dims():
+    def mixed(x):
+        return (x - x.mean(0, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True) + 1e-5)
+
+    assert "reduction-over-other-dims" in near_miss(mixed, torch.randn(6, 7))
+
+
+def test_near_miss_other_tensor():
+    def cubed(x):
+        return x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True).abs() + 1e-5)
+
+    assert near_miss(cubed, torch.randn(6, 7))
+
+
+def test_near_miss_broadcast():
+    def crossed(x):
+        return x * torch.rsqrt(x.pow(2).mean(-1) + 1e-5)
+
+    assert "broadcast-axis-differs" in near_miss(crossed, torch.randn(7, 7))
+
+
+def test_near_miss_not_a_norm():
+    def eps_on_the_mean(x):
+        return (x - x.mean(-1, keepdim=True) - 1e-1 * x.pow(2)) * torch.rsqrt(
+            x.pow(2).mean(-1, keepdim=True) + 1e-5
+        )
+
+    assert near_miss(eps_on_the_mean, torch.randn(6, 7))
+
+
+def test_near_miss_masked():
+    def masked(x, mask):
+        mean = (x * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+        variance = ((x - mean).pow(2) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+        return (x - mean) * torch.rsqrt(variance + 1e-5)
+
+    near_miss(masked, torch.randn(6, 7), (torch.rand(6, 7) > 0.3).float())
+
+
+def test_near_miss_mutation_between():
+    def written(x):
+        x = x * 1
+        rms = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        x.add_(1)
+        return x * rms
+
+    assert near_miss(written, torch.randn(6, 7))
+
+
+def test_near_miss_grad_mode():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(7, 7)
+
+        def forward(self, x):
+            x = self.linear(x)
+            with torch.no_grad():
+                rms = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+            return x * rms
+
+    assert_agrees(Mixed(), torch.randn(6, 7), grad=True)
+    assert [m.code.value for m in normfx.report().near_misses] == ["grad-mode-differs"]
+
+
+def test_a_softmax_is_no_near_miss():
+    assert near_miss(lambda x: torch.softmax(x, -1), torch.randn(6, 7)) == []
+
+
+def test_a_mean_alone_is_no_near_miss():
+    assert near_miss(lambda x: x - x.mean(-1, keepdim=True), torch.randn(6, 7)) == []
