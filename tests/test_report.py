@@ -77,7 +77,9 @@ def test_text():
     lines = [
         line.rsplit(":", 1)[0] if "test_report.py:" in line else line for line in text.splitlines()
     ]
-    assert_expected_inline("\n".join(line.rstrip() for line in lines) + "\n", """\
+    assert_expected_inline(
+        "\n".join(line.rstrip() for line in lines) + "\n",
+        """\
 graph 0: 3 norms found, 1 rewritten, 1 near misses, 2 tensors hoisted (0.0 MiB)
 site   kind       dims  eps    dtype    actions                  refused     line
 norm   LayerNorm  -1    1e-05  float32  fold-affine-into-linear  -           tests/test_report.py
@@ -88,7 +90,8 @@ near miss  broadcast-axis-differs  rsqrt_1  tests/test_report.py
 
 extra-user: The norm's result is also read as it is: by the output, a residual or another operator. The affine part must stay for that reader.
 no-affine: The norm has no weight and no bias. Nothing to do.
-""")
+""",
+    )
 
 
 def test_text_without_graphs():
