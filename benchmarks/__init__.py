@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.NAME`. Each prints its table last and says what it was run on."""
+"""Benchmarks: `python -m benchmarks.NAME`. Each prints its table last, under its machine."""

@@ -1,10 +1,11 @@
-"""What normfx adds to the time that Inductor takes to compile, for GPT-2 small cut to several depths.
+"""What normfx adds to the time that Inductor takes to compile, for GPT-2 of several depths.
 
     python -m benchmarks.compile_time --layers 6,12,24,48 --inductor-layers 12
 
-Both are measured in this process on the same graph: seconds of every normfx stage, and seconds of Inductor on the
-rewritten graph with its caches off. Inductor is only asked at the depths of `--inductor-layers`, since it takes
-minutes for deep models. Each depth runs in a process of its own, so that none profits from another's caches.
+Both are measured in this process on the same graph: seconds of every normfx stage, and seconds of
+Inductor on the rewritten graph with its caches off. Inductor is only asked at the depths of
+`--inductor-layers`, since it takes minutes for deep models. Each depth runs in a process of its
+own, so that none profits from another's caches.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def main() -> None:
         share = "-" if inductor is None else f"{row['normfx_s'] / inductor:.1%}"
         shown = "-" if inductor is None else f"{inductor:.1f} s"
         print(
-            f"{layers:6d}  {row['nodes']:5.0f}  {row['norms']:5.0f}  {stages}  {row['normfx_s']:5.2f}s"
+            f"{layers:6d}  {row['nodes']:5.0f}  {row['norms']:5.0f}  {stages}"
+            f"  {row['normfx_s']:5.2f}s"
             f"  {1e3 * row['normfx_s'] / layers:8.1f}  {shown:>8}  {share:>5}"
         )
 

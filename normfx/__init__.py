@@ -1,8 +1,9 @@
-"""normfx: a backend for torch.compile that makes normalizations cheaper without changing the answer.
+"""normfx: a backend for torch.compile that makes normalizations cheaper and keeps the answer.
 
     fast = torch.compile(model, backend="normfx")        # no import needed
 
-Names are imported on first use: dynamo lists every backend's entry point, and `import normfx` should cost nothing.
+Names are imported on first use: dynamo lists every backend's entry point, and `import normfx`
+should cost nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +42,21 @@ _HOMES = {
     "reset": "reports",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = [
+    "InvariantError",
+    "NormfxError",
+    "OptionError",
+    "Options",
+    "Refusal",
+    "Report",
+    "Site",
+    "StageError",
+    "__version__",
+    "explain",
+    "refold",
+    "report",
+    "reset",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,20 @@
 """Polynomial normal form: the algebra in which normfx proves what a region of a graph computes.
 
-A value is a sum of monomials with exact rational coefficients. A monomial is a product of *atoms* with rational
-exponents. The atoms of one site are the normalized tensor x, its moments m_k = E[x^k] over the dims of the site,
-one atom per opaque operand (a weight, a gate, an eps that is a tensor), and one *compound* atom per distinct
-polynomial that a root or a reciprocal was taken of. Compounds are made monic first, so `1/sqrt(v + eps)`,
-`(v + eps)**-0.5` and `sqrt(c)/sqrt(c*v + c*eps)` share one atom; the constant in front becomes a root of a constant.
+A value is a sum of monomials with exact rational coefficients. A monomial is a product of *atoms*
+with rational exponents. The atoms of one site are the normalized tensor x, its moments m_k = E[x^k]
+over the dims of the site, one atom per opaque operand (a weight, a gate, an eps that is a tensor),
+and one *compound* atom per distinct polynomial that a root or a reciprocal was taken of. Compounds
+are made monic first, so `1/sqrt(v + eps)`, `(v + eps)**-0.5` and `sqrt(c)/sqrt(c*v + c*eps)` share
+one atom; the constant in front becomes a root of a constant.
 
-The laws: addition, multiplication, (ab)^q = a^q b^q where that holds over the reals, Q^1 = Q for a compound Q, and
-E[x^k c] = m_k c for c free of x. There is no search and no simplification: equal values have equal normal forms,
-or are refused. Written here rather than with sympy's rings because exponents are rational and atoms appear as a
-region is read; the identities themselves are checked with sympy in the tests.
+The laws: addition, multiplication, (ab)^q = a^q b^q where that holds over the reals, Q^1 = Q for a
+compound Q, and E[x^k c] = m_k c for c free of x. There is no search and no simplification: equal
+values have equal normal forms, or are refused. Written here rather than with sympy's rings because
+exponents are rational and atoms appear as a region is read; the identities themselves are checked
+with sympy in the tests.
 
-This file knows no operator and no graph: `lift.py` translates operators, `classify.py` reads the result.
+This file knows no operator and no graph: `lift.py` translates operators, `classify.py` reads the
+result.
 """
 
 from __future__ import annotations
@@ -19,14 +22,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Exponent: TypeAlias = "int | Fraction"
 Monomial: TypeAlias = tuple[tuple[int, Exponent], ...]
 
-# Literals such as 1/768 arrive rounded to float64, so equal values may differ by a few units of 2^-53 in a
-# coefficient. Coefficients closer than this (relative) are the same: far above 2^-53 times the terms of a site,
-# far below the 6e-8 at which a float32-rounded literal would be a different number.
+# Literals such as 1/768 arrive rounded to float64, so equal values may differ by a few units of
+# 2^-53 in a coefficient. Coefficients closer than this (relative) are the same: far above 2^-53
+# times the terms of a site, far below the 6e-8 at which a float32-rounded literal would be a
+# different number.
 COEFFICIENT_TOLERANCE = 1e-12
 
 ONE: Monomial = ()
@@ -93,7 +97,8 @@ class Atom:
 
     Attributes:
         kind: "x", "abs-x", "moment", "opaque", "compound", "floor" or "constant".
-        key: k of a moment; the caller's key of an opaque operand; the number of a constant; None otherwise.
+        key: k of a moment; the caller's key of an opaque operand; the number of a constant; None
+            otherwise.
         base: the polynomial of a compound, or the one that a floor is put under.
         floor: the number or opaque polynomial e of max(base, e).
         has_x: whether x occurs in it, outside of a moment.
@@ -103,7 +108,7 @@ class Atom:
     """
 
     kind: str
-    key: Hashable = None
+    key: Any = None
     base: Poly | None = None
     floor: Poly | None = None
     has_x: bool = False
@@ -183,7 +188,7 @@ class Ring:
             if atom.kind == "constant" and (exponent >= 1 or exponent <= -1):
                 whole = int(exponent)
                 rest = {**exponents, index: exponent - whole}
-                return [(rest, coefficient * Fraction(atom.key) ** whole)]  # type: ignore[arg-type]
+                return [(rest, coefficient * Fraction(atom.key) ** whole)]
             if atom.kind == "compound" and exponent >= 1:
                 assert atom.base is not None
                 rest = {**exponents, index: exponent - 1}
@@ -195,7 +200,7 @@ class Ring:
         return None
 
     def power(self, p: Poly, exponent: Exponent) -> Poly | None:
-        """p^q, or None where it is not provable over the reals (a root of something of unknown sign)."""
+        """p^q, or None where it is not provable over the reals (a root of unknown sign)."""
         exponent = _whole(exponent)
         if not p.terms:
             return None
@@ -288,7 +293,7 @@ class Ring:
     # -- facts -----------------------------------------------------------------------------------
 
     def is_nonnegative(self, p: Poly) -> bool:
-        """Whether p >= 0 is proved: a sum of nonnegative terms, counting m2 - m1^2 (a variance) as one."""
+        """Whether p >= 0 is proved: a sum of nonnegative terms, a variance m2 - m1^2 among them."""
         rest = dict(p.terms)
         m1, m2 = self._index.get(("m", 1)), self._index.get(("m", 2))
         if m1 is not None and m2 is not None:
@@ -305,7 +310,7 @@ class Ring:
         return self.atoms[index].nonnegative or (isinstance(exponent, int) and exponent % 2 == 0)
 
     def expectation(self, p: Poly) -> Poly | None:
-        """E[p] over the dims of the site: x^k becomes m_k, what is free of x stays; None for anything else."""
+        """E[p] over the dims of the site: x^k becomes m_k; None if p is not a sum of such terms."""
         total = Poly()
         for monomial, coefficient in p.terms.items():
             rest, order = [], 0
@@ -331,7 +336,7 @@ class Ring:
         return Poly(inside), Poly(outside)
 
     def _rank(self, monomial: Monomial) -> tuple[int, ...]:
-        """Order in which a leading term is looked for: one with m2 (or its root) first, then any with a moment."""
+        """The order in which a leading term is looked for: m2 first, then any with a moment."""
         m2 = self._index.get(("m", 2))
         return (
             any(i == m2 for i, _ in monomial),

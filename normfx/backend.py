@@ -1,6 +1,7 @@
 """The backend: what `torch.compile(model, backend="normfx")` calls for each graph.
 
-Registered through the entry-point group `torch_dynamo_backends`, so that normfx need not be imported.
+Registered through the entry-point group `torch_dynamo_backends`, so that normfx need not be
+imported.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def normfx(
     Args:
         gm: the graph; not changed.
         example_inputs: its inputs, parameters and buffers among them.
-        mode: as in `torch.compile`: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
+        mode: as in `torch.compile`: "default", "reduce-overhead", "max-autotune",
+            "max-autotune-no-cudagraphs".
         options: see `normfx.Options`.
 
     Returns:

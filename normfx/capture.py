@@ -1,11 +1,13 @@
 """Capture: dynamo's graph to one pre-dispatch ATen graph, the IR of every later stage.
 
 At this level `x**2`, `x.pow(2)` and `torch.square(x)` are one operator, `layer_norm`, `linear` and
-`scaled_dot_product_attention` are still whole, and autograd has not run: one IR for inference and training.
+`scaled_dot_product_attention` are still whole, and autograd has not run: one IR for inference and
+training.
 
-Nodes that cannot or must not be traced are carried through verbatim, with the fake value dynamo gave them:
-higher-order operators (tracing through `autograd.Function` would silently drop its gradient), regions under
-functorch levels, and data-dependent operators. Nothing is executed for them here.
+Nodes that cannot or must not be traced are carried through verbatim, with the fake value dynamo
+gave them: higher-order operators (tracing through `autograd.Function` would silently drop its
+gradient), regions under functorch levels, and data-dependent operators. Nothing is executed for
+them here.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         gm: dynamo's graph; every placeholder has `meta["example_value"]`. It is not changed.
 
     Returns:
-        A graph module whose nodes have `meta["val"]`, and the user's line and module path where dynamo knew them.
+        A graph module whose nodes have `meta["val"]`, and the user's line and module path where
+        dynamo knew them.
 
     Raises:
         Exception: whatever the trace raises; the pipeline then leaves the graph to Inductor.
@@ -62,7 +65,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 class _Verbatim:
-    """The value of a node inside a verbatim region: its proxy, for it has no fake value of its own."""
+    """The value of a node inside a verbatim region: its proxy, for it has no fake value."""
 
     def __init__(self, proxy: Any) -> None:
         self.proxy = proxy
@@ -149,7 +152,7 @@ def verbatim_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _is_data_dependent(node: fx.Node) -> bool:
-    """Whether a node makes symbols of its own (`item`, `nonzero`): tracing it again would make other ones."""
+    """Whether a node makes symbols of its own (`item`): traced again, it would make others."""
     return bool(node.meta.get("unbacked_bindings")) or (
         node.op == "call_method" and node.target in ("item", "tolist")
     )

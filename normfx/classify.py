@@ -4,7 +4,8 @@
     1/r   = sqrt(S + eps) | sqrt(S) + eps | max(sqrt(S), eps) | sqrt(max(S, eps))
     S     = m2 - m1^2 (variance) | m2 (mean square)
 
-with A, B and eps free of x and of its moments. Every coefficient is compared; whatever does not fit is None.
+with A, B and eps free of x and of its moments. Every coefficient is compared; whatever does not fit
+is None.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Denominator:
 
     Attributes:
         variance: whether S is m2 - m1^2; else m2.
-        eps: the number or opaque polynomial added to, or put under, what stands at `place`, where S counts once.
+        eps: the number or opaque polynomial added to, or put under, what stands at `place`, where S
+            counts once.
         place: where eps stands.
         factor: what multiplies sqrt(S) (a positive number).
     """
@@ -38,7 +40,7 @@ class Denominator:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A value as scale * (x - centre*m1) * r * A + B. The terms of A have no common number in front."""
+    """A value as scale * (x - centre*m1) * r * A + B, with no number in front of A."""
 
     centre: bool
     denominator: Denominator
@@ -81,7 +83,7 @@ def classify(ring: Ring, value: Poly) -> Form | None:
 def _split_term(
     ring: Ring, monomial: Monomial
 ) -> tuple[str, tuple[int, Exponent], Monomial] | None:
-    """A term x*d*rest or m1*d*rest as (numerator, d, rest), where d is the only other factor with moments."""
+    """A term x*d*rest or m1*d*rest as (numerator, d, rest): no other factor has moments."""
     numerator, divisor, rest = None, None, []
     for index, exponent in monomial:
         atom = ring.atoms[index]
@@ -148,7 +150,7 @@ def _of_root(ring: Ring, root: Poly, place: EpsPlace) -> Denominator | None:
     for index, exponent in monomial:
         atom = ring.atoms[index]
         if atom.kind == "constant":
-            factor *= float(atom.key) ** float(exponent)  # type: ignore[arg-type]
+            factor *= float(atom.key) ** float(exponent)
         elif (
             exponent == Fraction(1, 2) and found is None and atom.kind == "moment" and atom.key == 2
         ):
@@ -190,20 +192,20 @@ def evaluate(ring: Ring, p: Poly) -> float | None:
         for index, exponent in monomial:
             if ring.atoms[index].kind != "constant":
                 return None
-            term *= float(ring.atoms[index].key) ** float(exponent)  # type: ignore[arg-type]
+            term *= float(ring.atoms[index].key) ** float(exponent)
         total += term
     return total
 
 
 def _content(ring: Ring, weight: Poly) -> tuple[float, Poly]:
-    """The number in front of A, and the rest of A: roots of constants and the coefficient of a single term."""
+    """The number in front of A (roots of constants, one coefficient), and the rest of A."""
     terms: dict[Monomial, Fraction] = {}
     numbers = set()
     for monomial, coefficient in weight.terms.items():
         front, rest = 1.0, []
         for index, exponent in monomial:
             if ring.atoms[index].kind == "constant":
-                front *= float(ring.atoms[index].key) ** float(exponent)  # type: ignore[arg-type]
+                front *= float(ring.atoms[index].key) ** float(exponent)
             else:
                 rest.append((index, exponent))
         numbers.add(front)

@@ -24,8 +24,8 @@ def explain(
 ) -> Callable[..., Report]:
     """The report of one call of a model: `print(normfx.explain(model)(*args))`.
 
-    The call runs the model (its graphs are traced, rewritten and then run eagerly); Inductor is not started. Code
-    compiled before stays valid, and `normfx.report()` does not change.
+    The call runs the model (its graphs are traced, rewritten and then run eagerly); Inductor is not
+    started. Code compiled before stays valid, and `normfx.report()` does not change.
 
     Args:
         model: a module or a function, not compiled.

@@ -1,7 +1,7 @@
-"""Helpers over `torch.fx` graphs: the only place that reads a node's dtype, shape, storage and provenance.
+"""Helpers over `torch.fx` graphs: what a node's dtype, shape, storage and provenance are.
 
-Metadata sits under `val` in the captured graph and under `example_value` in dynamo's; every stage reads it
-through the functions below, so that no pass depends on where it came from.
+Metadata sits under `val` in the captured graph and under `example_value` in dynamo's; every stage
+reads it through the functions below, so that no pass depends on where it came from.
 """
 
 from __future__ import annotations
@@ -92,6 +92,17 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
+def permutation(node: fx.Node, rank: int) -> list[int]:
+    """The order in which `permute` or `transpose` puts the dims of its input."""
+    order = list(range(rank))
+    named = arguments(node)
+    if "dims" in named:
+        return [d % rank for d in named["dims"]]
+    a, b = named["dim0"] % rank, named["dim1"] % rank
+    order[a], order[b] = b, a
+    return order
+
+
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     """The nodes whose storage this node writes to, as its schema declares."""
     target = node.target
@@ -129,7 +140,7 @@ def _running_statistics(node: fx.Node) -> list[fx.Node]:
 
 
 def is_opaque_call(node: fx.Node) -> bool:
-    """Whether nothing is known of what a call does to its arguments (no ATen schema, no getitem)."""
+    """Whether nothing is known of what a call does to its arguments."""
     if node.op in ("placeholder", "get_attr", "output"):
         return False
     target = node.target
@@ -144,7 +155,7 @@ def written_storages(graph: fx.Graph) -> set[int | None]:
 
 
 def state_placeholders(graph: fx.Graph) -> list[fx.Node]:
-    """Inputs that are parameters, buffers or plain tensors of a module, and that the graph does not write to."""
+    """Inputs that are parameters, buffers or tensors of a module, and are not written to."""
     written = written_storages(graph)
     return [
         node
@@ -154,18 +165,18 @@ def state_placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a call only computes: no writes, no random numbers, known to ATen (or a part of a tuple)."""
+    """Whether a call only computes: no writes, no random numbers, nothing unknown."""
     if node.op != "call_function":
         return False
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return not mutated_arguments(node) and torch.Tag.nondeterministic_seeded not in target.tags
-    spec = node.kwargs.get("spec")  # a canonical node
-    return target is operator.getitem or (spec is not None and spec.statistic != "batch")  # type: ignore[attr-defined]
+    spec: Any = node.kwargs.get("spec")  # of a canonical node
+    return target is operator.getitem or (spec is not None and spec.statistic != "batch")
 
 
 def parameter_only(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose value depends on parameters, buffers and constants alone, these themselves included.
+    """The nodes whose value depends on parameters, buffers and constants alone, and these too.
 
     A value whose storage is written to somewhere in the graph does not count.
     """
@@ -192,7 +203,7 @@ def location(node: fx.Node) -> str:
 
 
 def module_path(node: fx.Node) -> str:
-    """The qualified name of the module whose forward made this node (`layers.0.norm`), or an empty string."""
+    """The qualified name of the module that made this node (`layers.0.norm`), or ""."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""

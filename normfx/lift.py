@@ -1,11 +1,12 @@
-"""Lift: ATen operators to polynomials of one site (a tensor x and the dims its statistics are taken over).
+"""Lift: ATen operators to polynomials of one site (a tensor x and the dims of its statistics).
 
-`RULES` is the table of the operators the lift knows: one row each, a function from lifted operands to the lifted
-result. What is not in the table is opaque, and so are values that do not depend on x. Adding an operator is one
-row and one test; there are no spellings here.
+`RULES` is the table of the operators the lift knows: one row each, a function from lifted operands
+to the lifted result. What is not in the table is opaque, and so are values that do not depend on x.
+Adding an operator is one row and one test; there are no spellings here.
 
-A lifted value carries, beside its polynomial, which axis of x each of its dims stands for. So a statistic that
-is broadcast along the wrong axis (a square matrix hides that from shapes) is not mistaken for one that is not.
+A lifted value carries, beside its polynomial, which axis of x each of its dims stands for. So a
+statistic that is broadcast along the wrong axis (a square matrix hides that from shapes) is not
+mistaken for one that is not.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Axes = tuple["int | None", ...]
 
 @dataclass(frozen=True, slots=True)
 class Lifted:
-    """A value of the site: a polynomial, and the axis of x behind each dim (None: constant along it)."""
+    """A polynomial, and the axis of x behind each dim of the value (None: constant along it)."""
 
     poly: Poly
     axes: Axes
@@ -46,9 +47,10 @@ Result = "Lifted | tuple[Lifted, ...] | None"
 
 
 class Lift:
-    """The lift of one site. `value_of` answers for any node; None means opaque (or not provable)."""
+    """The lift of one site. `value_of` answers for any node; None: opaque, or not provable."""
 
-    # How many operators behind an operand are searched for x: a spelled-out norm has about ten in all.
+    # How many operators behind an operand are searched for x: a spelled-out norm has about ten in
+    # all.
     REACH = 48
 
     def __init__(
@@ -79,7 +81,7 @@ class Lift:
         return result
 
     def _depends(self, node: fx.Node) -> bool:
-        """Whether x is found within `REACH` known operators behind a node. What is not found is opaque: safe."""
+        """Whether x is among the last `REACH` known operators behind a node."""
         if node in self._reaches:
             return self._reaches[node]
         pending, seen = [node], {node}
@@ -100,7 +102,7 @@ class Lift:
         return found
 
     def operand(self, argument: Any, rank: int) -> Lifted | None:
-        """An argument of an elementwise operator whose result has this rank: lifted, a number, or opaque."""
+        """An argument of an elementwise operator with a result of this rank: lifted or opaque."""
         if isinstance(argument, (int, float)) and not isinstance(argument, bool):
             return Lifted(number(argument), ())
         if not isinstance(argument, fx.Node):
@@ -129,7 +131,7 @@ class Lift:
         return Lifted(self.ring.opaque(argument, (a for a in axes if a is not None)), axes)
 
     def symbol(self, held: Any) -> Poly:
-        """A symbolic number: a product of opaque positive sizes where it is one, else one opaque number."""
+        """A symbolic number: a product of opaque positive sizes, or one opaque number."""
         expression = getattr(getattr(held, "node", None), "expr", None)
         if expression is None:
             return number(held)
@@ -144,16 +146,17 @@ class Lift:
         return result
 
     def settled(self, p: Poly) -> Poly | None:
-        """P with symbolic floats replaced by their numbers, which makes them constants of the compiled graph.
+        """Replaces symbolic floats by numbers, which makes them constants of the compiled graph.
 
-        An eps that dynamo made symbolic is a constant of the model. None if a number is not known when compiling.
+        An eps that dynamo made symbolic is a constant of the model. None if a number is not known
+        when compiling.
         """
         total = Poly()
         for monomial, coefficient in p.terms.items():
             term = number(coefficient)
             for index, exponent in monomial:
                 factor: Poly | None = Poly({((index, exponent),): Fraction(1)})
-                held = self.floats.get(self.ring.atoms[index].key)  # type: ignore[arg-type]
+                held = self.floats.get(self.ring.atoms[index].key)
                 if held is not None:
                     if not held.node.has_hint():
                         return None
@@ -179,7 +182,7 @@ class Lift:
     # -- building blocks of the rules ------------------------------------------------------------
 
     def elementwise(self, node: fx.Node, arguments: list[Any]) -> tuple[list[Poly], Axes] | None:
-        """The operands of an elementwise operator, and the axes of its result; None if they disagree."""
+        """The operands of an elementwise operator and the axes of its result, if these agree."""
         sizes = g.shape(node)
         if sizes is None:
             return None
@@ -514,13 +517,7 @@ def _permute(lift: Lift, node: fx.Node) -> Any:
     value = lift.value_of(source) if isinstance(source, fx.Node) else None
     if not isinstance(value, Lifted):
         return None
-    rank = len(value.axes)
-    if g.packet(node) is aten.permute:
-        order = [d % rank for d in node.args[1]]  # type: ignore[union-attr]
-    else:
-        a, b = node.args[1] % rank, node.args[2] % rank  # type: ignore[operator]
-        order = list(range(rank))
-        order[a], order[b] = b, a
+    order = g.permutation(node, len(value.axes))
     return Lifted(value.poly, tuple(value.axes[d] for d in order))
 
 

@@ -1,8 +1,9 @@
 """Live weights: hoisted buffers that follow every update of the parameters they are computed from.
 
-An in-place update (an optimizer step, `copy_`, `load_state_dict`) bumps a tensor's version; `assign=True` hands
-another tensor to the call; `p.data = t` moves the tensor to other memory. All three are compared at every call.
-`p.data.mul_()` changes none of them: `normfx.refold()` is for that.
+An in-place update (an optimizer step, `copy_`, `load_state_dict`) bumps a tensor's version;
+`assign=True` hands another tensor to the call; `p.data = t` moves the tensor to other memory. All
+three are compared at every call. `p.data.mul_()` changes none of them: `normfx.refold()` is for
+that.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class LiveWeights:
             if not seen:
                 self._refresh(args)
             elif not frozen:
-                for index, (reference, version, pointer) in zip(positions, seen):  # noqa: B905 - per call, equal length
+                # not strict: this runs at every call, and the lengths are equal
+                for index, (reference, version, pointer) in zip(positions, seen, strict=False):
                     argument = args[index]
                     if (
                         argument is not reference()
@@ -84,7 +86,8 @@ def _without_autocast(tensors: list[torch.Tensor]) -> torch.autocast:
 def refold(*_: torch.nn.Module) -> None:
     """Makes every compiled graph compute its folded weights again at its next call.
 
-    For updates that no tensor reports: `p.data.mul_(2)`, or a write by another process to shared memory. All others
+    For updates that no tensor reports: `p.data.mul_(2)`, or a write by another process to shared
+        memory. All others
     are followed without it.
     """
     with _alive_lock:

@@ -1,8 +1,9 @@
-"""The canonical operation: one node for every member of the family. Its body defines what the node means.
+"""The canonical operation: one node for every member of the family, defined by its body.
 
-A node is a call of `norm` with tensors as arguments and one `NormSpec`; stages after recognise see no spelling,
-only the spec. The body is plain torch, so a graph with canonical nodes runs, differentiates and traces as it is,
-on tensors as well as on `torch.fx` proxies (which is how `lower` turns a node into ATen).
+A node is a call of `norm` with tensors as arguments and one `NormSpec`; stages after recognise see
+no spelling, only the spec. The body is plain torch, so a graph with canonical nodes runs,
+differentiates and traces as it is, on tensors as well as on `torch.fx` proxies (which is how
+`lower` turns a node into ATen).
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ class NormSpec(NamedTuple):
     | floor | max(sqrt(S), eps) |
     | floor-inside | sqrt(max(S, eps)) |
 
-    A named tuple rather than a dataclass, because `torch.fx` prints and runs named tuples in a node's arguments.
+    A named tuple rather than a dataclass, because `torch.fx` prints and runs named tuples in a
+    node's arguments.
 
     Attributes:
         kind: the usual name, for reports ("LayerNorm", "RMSNorm", "L2Norm", "GroupNorm", ...).
-        dims: the dims of x (non-negative) that the statistics are taken over; with groups, those of x viewed as
-            (batch, groups, channels // groups, *rest).
-        statistic: S: "variance", "mean-square", "sum-square", or "running" (given mean and variance), or
-            "batch" (BatchNorm in training: variance, and the running statistics are updated), or "static" (the
+        dims: the dims of x (non-negative) that the statistics are taken over; with groups, those of
+            x viewed as (batch, groups, channels // groups, *rest).
+        statistic: S: "variance", "mean-square", "sum-square", or "running" (given mean and
+            variance), or "batch" (BatchNorm in training: variance, and the running statistics are
+            updated), or "static" (the
             statistics are in the weight already: y = (x - running_mean) * weight + bias).
         centre: whether the mean is subtracted.
         correction: what is taken from the number of elements in a variance (1: unbiased).
@@ -40,12 +43,15 @@ class NormSpec(NamedTuple):
         eps_place: where eps stands.
         scale: a number in front.
         groups: how many groups the channels (dim 1) are split into; 0: no groups.
-        stats_dtype: the dtype that statistics are computed in; for float16 and bfloat16 at least float32.
+        stats_dtype: the dtype that statistics are computed in; for float16 and bfloat16 at least
+            float32.
         norm_dtype: what (x - mean) / root is rounded to before weight and bias are applied.
         out_dtype: the dtype of the result.
         momentum: of running statistics, in training.
-        affine_dim: the dim of x that a 1-d weight and bias belong to, or None: they broadcast as they are.
-        contiguous: whether the result is laid out contiguously where x is not, as some of ATen's operators do.
+        affine_dim: the dim of x that a 1-d weight and bias belong to, or None: they broadcast as
+            they are.
+        contiguous: whether the result is laid out contiguously where x is not, as some of ATen's
+            operators do.
         origin: the ATen operator this was, or "algebra".
     """
 
@@ -81,12 +87,13 @@ def norm(
     """Scale * (x - mean) / root * weight + bias, as `spec` says.
 
     Shapes:
-        x: any of this rank. weight, bias: broadcast against x, or (channels,) with `spec.affine_dim`.
+        x: any of this rank. weight, bias: broadcast against x, or (channels,) with
+            `spec.affine_dim`.
         running_mean, running_var: (channels,).
 
     Dtypes:
-        statistics in `spec.stats_dtype`, the affine part by torch's promotion from `spec.norm_dtype` on, the result
-        in `spec.out_dtype`.
+        statistics in `spec.stats_dtype`, the affine part by torch's promotion from
+        `spec.norm_dtype` on, the result in `spec.out_dtype`.
 
     Args:
         x: the tensor to normalize.
@@ -139,8 +146,8 @@ def _eps(spec: NormSpec, eps: Any) -> Any:
 def _divisor(h: Any, spec: NormSpec, eps: Any) -> tuple[Any, bool]:
     """(1/root, True) where eps stands under the square root, else (root, False).
 
-    A root without eps under it has an infinite slope at zero; the norm and the deviation of torch give a zero row a
-    zero gradient there, as `F.normalize` has it.
+    A root without eps under it has an infinite slope at zero; the norm and the deviation of torch
+    give a zero row a zero gradient there, as `F.normalize` has it.
     """
     e = _eps(spec, eps)
     variance = spec.statistic == "variance"

@@ -1,4 +1,4 @@
-"""Options: every switch of normfx, parsed from the mapping that `torch.compile(options=...)` hands over."""
+"""Options: every switch of normfx, parsed from what `torch.compile(options=...)` hands over."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ class Options:
 
     Attributes:
         strict: raise what a stage raises, instead of falling back to plain Inductor with a warning.
-        lowering: "inductor" compiles the rewritten graph; "eager" runs it as it is (tests, debugging).
-        weights: "live" follows every update of a folded weight; "frozen" folds once and skips the check per call.
+        lowering: "inductor" compiles the rewritten graph; "eager" runs it as it is (tests,
+            debugging).
+        weights: "live" follows every update of a folded weight; "frozen" folds once and skips the
+            check per call.
         rules: names of the exact rules that may run; None: all that are on by default.
         inductor: Inductor's own options, passed on as they are.
     """
@@ -39,7 +41,8 @@ class Options:
             given: names and values; None and the empty mapping are the defaults.
 
         Raises:
-            OptionError: a name is unknown (the nearest known one is named), or a value is not of its type.
+            OptionError: a name is unknown (the nearest known one is named), or a value is not of
+                its type.
         """
         known = {f.name for f in fields(cls)}
         hints = get_type_hints(cls)
@@ -69,7 +72,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if not isinstance(value, expected):
         wanted = "a mapping of Inductor's options" if expected is Mapping else "True or False"
         raise OptionError(f"option {name!r}: expected {wanted}, got {value!r}.")
-    return dict(value) if expected is Mapping else value
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _checked_rules(value: Any) -> tuple[str, ...] | None:

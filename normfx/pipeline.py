@@ -26,7 +26,8 @@ from normfx.passes.lower import lower
 from normfx.passes.recognise import recognise
 from normfx.record import Journal
 
-# Bodies of these operators are functions of their operands, run as they stand: rewriting one keeps its meaning.
+# Bodies of these operators are functions of their operands, run as they stand: rewriting one keeps
+# its meaning.
 _TRANSPARENT_BODIES = frozenset({"tag_activation_checkpoint", "invoke_subgraph"})
 
 Observer = Callable[[str, fx.GraphModule], None]
@@ -87,7 +88,7 @@ def rewrite(
 
 
 def wants_grad(gm: fx.GraphModule) -> bool:
-    """Whether autograd will differentiate this graph: grad mode is on and some input asks for it."""
+    """Whether autograd will differentiate this graph: grad mode is on, some input wants it."""
     if not torch.is_grad_enabled():
         return False
     held = [g.tensor(node) for node in gm.graph.find_nodes(op="placeholder")]
@@ -95,7 +96,7 @@ def wants_grad(gm: fx.GraphModule) -> bool:
 
 
 def _bodies(gm: fx.GraphModule, options: Options, journal: Journal, watch: Observer) -> None:
-    """Runs the stages on the bodies of operators that may be rewritten inside (activation checkpoints)."""
+    """Runs the stages on bodies that may be rewritten inside (activation checkpoints)."""
     for node in gm.graph.nodes:
         if getattr(node.target, "__name__", "") not in _TRANSPARENT_BODIES:
             continue
@@ -106,7 +107,7 @@ def _bodies(gm: fx.GraphModule, options: Options, journal: Journal, watch: Obser
             if isinstance(body, fx.GraphModule):
                 inner = Journal()
                 rewritten = rewrite(body, options, inner, tracked=False)
-                gm.add_submodule(str(argument.target), rewritten.module)  # type: ignore[union-attr]
+                gm.add_submodule(str(argument.target), rewritten.module)
                 journal.sites += inner.sites
                 journal.near_misses += inner.near_misses
 

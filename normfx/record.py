@@ -1,6 +1,7 @@
-"""The journal: what was decided for each normalization, and why. Reports print it; nothing else computes one.
+"""The journal: what was decided for each normalization, and why. Reports print it.
 
-A refusal is not an error. Each has a code of the registry `REFUSALS`, which holds its explanation and a hint.
+A refusal is not an error. Each has a code of the registry `REFUSALS`, which holds its explanation
+and a hint.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 
 
 class Refusal(enum.Enum):
-    """Why a rule, or the recognition of a norm, was refused. The value is the code that reports show."""
+    """Why a rule, or the recognition of a norm, was refused; the value is what reports show."""
 
     # recognition
     NOT_A_NORM = "not-a-norm"
@@ -55,11 +56,11 @@ REFUSALS: dict[Refusal, Explanation] = {
         "If this is a norm, compare it with the law table in docs/recognition.md.",
     ),
     Refusal.FACTOR_ONLY: Explanation(
-        "Only 1/root of a statistic is made; what it scales is not the tensor that the statistic is of.",
+        "Only 1/root of a statistic is made; it does not scale the tensor the statistic is of.",
         "Nothing to do; the graph runs unchanged.",
     ),
     Refusal.UNKNOWN_STATISTIC: Explanation(
-        "A root is taken of a value that is no moment over fixed dims (a cumulative or masked statistic, a distance).",
+        "A root is taken of what is no moment over fixed dims (cumulative, masked, a distance).",
         "Nothing to do; the graph runs unchanged.",
     ),
     Refusal.OTHER_DIMS: Explanation(
@@ -67,7 +68,7 @@ REFUSALS: dict[Refusal, Explanation] = {
         "Take both over the same dims.",
     ),
     Refusal.OTHER_TENSOR: Explanation(
-        "The statistic is of another tensor than the one that is scaled (a weighted, masked or cubed one).",
+        "The statistic is of another tensor than the one that is scaled (weighted, masked, cubed).",
         "Nothing to do if that is meant: it is not one of the norms normfx rewrites.",
     ),
     Refusal.BROADCAST: Explanation(
@@ -116,7 +117,7 @@ REFUSALS: dict[Refusal, Explanation] = {
     ),
     Refusal.NO_READER: Explanation("Nothing reads the norm's result.", "Nothing to do."),
     Refusal.NEEDS_GRAD: Explanation(
-        "Gradients are wanted: folding would multiply the weights again in every step, which does not pay.",
+        "Gradients are wanted: the weights would be folded again in every step; that does not pay.",
         "Run inference under torch.no_grad() or torch.inference_mode().",
     ),
     Refusal.NOT_CONSTANT: Explanation(
@@ -174,7 +175,8 @@ class Site:
     Attributes:
         name: the module path where there is one, else the name of the function or node.
         kind: the usual name ("LayerNorm", "RMSNorm", ...).
-        dims: what the statistics are taken over: from the end (-1) where they are trailing, else from the front.
+        dims: what the statistics are taken over: from the end (-1) where they are trailing, else
+            from the front.
         eps: the number as written, or None (a tensor, or the default of the dtype).
         dtype: of the input.
         location: `file:line` of the user's line, or "".

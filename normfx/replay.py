@@ -1,11 +1,13 @@
-"""Replay: a node of dynamo's graph that is like an earlier one is captured without being traced again.
+"""Replay: a node of dynamo's graph that is like an earlier one is captured without a trace.
 
-Models repeat a block, and tracing an operator (dispatch, fake tensors, the tracer) costs about 2 ms. The first time
-an operator meets arguments of some dtypes, shapes and strides, capture traces it and keeps the ATen nodes it became;
-after that the same nodes are made directly, and the result takes the fake value that dynamo already computed.
+Models repeat a block, and tracing an operator (dispatch, fake tensors, the tracer) costs about 2
+ms. The first time an operator meets arguments of some dtypes, shapes and strides, capture traces it
+and keeps the ATen nodes it became; after that the same nodes are made directly, and the result
+takes the fake value that dynamo already computed.
 
-Only for what is certain to come out the same: tensors without symbolic sizes, operators that write to nothing and
-whose inner values are no views. Values keep dynamo's own fake tensors throughout, so storages stay comparable.
+Only for what is certain to come out the same: tensors without symbolic sizes, operators that write
+to nothing and whose inner values are no views. Values keep dynamo's own fake tensors throughout, so
+storages stay comparable.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class _Template:
 
 
 class Replays:
-    """What one capture has learnt. Off for a graph with symbolic sizes, whose sizes are nodes themselves."""
+    """What one capture has learnt. Off for symbolic sizes, which are nodes themselves."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._templates: dict[Any, _Template | None] = {}
@@ -75,7 +77,7 @@ class Replays:
     def learn(
         self, node: fx.Node, env: dict[fx.Node, Any], last: fx.Node | None, result: Any
     ) -> Any:
-        """Keeps what a node became, and returns its value: dynamo's own fake tensor where that is the same."""
+        """Keeps what a node became; returns its value, dynamo's own fake tensor where it can."""
         held = g.value(node)
         if not self._on or not is_fake(result) or not is_fake(held) or _look(held) != _look(result):
             return result
@@ -97,7 +99,7 @@ class Replays:
         def name(argument: Any) -> Any:
             nonlocal safe
             if isinstance(argument, fx.Node):
-                value = env.get(argument)
+                value: Any = env.get(argument)
                 traced = node_of(value) if is_fake(value) else None
                 if traced is None:
                     safe = False
@@ -117,7 +119,8 @@ class Replays:
 
 def _inputs(node: fx.Node, env: dict[fx.Node, Any]) -> tuple[fx.Node, ...]:
     """The nodes of the trace behind a node's arguments, in order."""
-    return tuple(dict.fromkeys(node_of(env[n]) for n in node.all_input_nodes if is_fake(env[n])))  # type: ignore[misc]
+    traced = [node_of(env[n]) for n in node.all_input_nodes if is_fake(env[n])]
+    return tuple(dict.fromkeys(n for n in traced if n is not None))
 
 
 def _template(

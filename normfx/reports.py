@@ -1,4 +1,4 @@
-"""Reports: the journals of compiled graphs, as a table and as JSON. They print; they decide nothing."""
+"""Reports: the journals of compiled graphs, as a table and as JSON. They decide nothing."""
 
 from __future__ import annotations
 

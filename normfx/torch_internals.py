@@ -1,13 +1,14 @@
 """The private and version-sensitive parts of torch that normfx relies on, behind names of our own.
 
-No other file imports an underscore name of dynamo, AOTAutograd or the proxy tracer. Checked on torch 2.11 and 2.13.
+No other file imports an underscore name of dynamo, AOTAutograd or the proxy tracer. Checked on
+torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.fx.traceback as fx_traceback
@@ -28,11 +29,12 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_leaves
 
 
 def fake_mode_of(values: Any) -> FakeTensorMode:
-    """The fake mode of these values: dynamo's, which differs from the one its tracing context then holds."""
-    for leaf in torch.utils._pytree.tree_leaves(values):
+    """The fake mode of these values: dynamo's, not the one its tracing context then holds."""
+    for leaf in tree_leaves(values):
         if isinstance(leaf, FakeTensor):
             return leaf.fake_mode
     return detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
@@ -73,7 +75,7 @@ def give_value(held: Any, proxy: fx.Proxy) -> Any:
 
 
 def bind(held: torch.Tensor, node: fx.Node) -> None:
-    """As `give_value`, for a fake tensor without symbolic sizes, and without a copy of it for the node."""
+    """As `give_value`, without a copy: for a fake tensor that has no symbolic sizes."""
     node.meta["val"] = held
     set_proxy_slot(held, tracer(), _ProxyTensor(fx.Proxy(node, tracer()), None))
 
@@ -97,37 +99,37 @@ def cannot_be_traced(error: BaseException) -> bool:
     )
 
 
-def is_fake(held: Any) -> bool:
+def is_fake(held: Any) -> TypeGuard[FakeTensor]:
     """Whether a value is a fake tensor."""
     return isinstance(held, FakeTensor)
 
 
 def source_name(node: fx.Node) -> str:
-    """Where dynamo took a placeholder from, as Python text (`L['self'].weight`), or an empty string."""
-    source = getattr(node, "_dynamo_source", None)
+    """Where dynamo took a placeholder from, as Python text (`L['self'].weight`), or ""."""
+    source: Any = getattr(node, "_dynamo_source", None)
     if source is None:
         return ""
-    name = source.name
-    return name() if callable(name) else name  # a method up to 2.11, a property since
+    name: Any = source.name
+    return str(name() if callable(name) else name)  # a method up to 2.11, a property since
 
 
 def is_module_state(node: fx.Node) -> bool:
     """Whether a placeholder is a parameter, a buffer or a tensor attribute of a module."""
-    source = getattr(node, "_dynamo_source", None)
+    source: Any = getattr(node, "_dynamo_source", None)
     if source is None:
         return False
-    guard_source = source.guard_source
+    guard_source: Any = source.guard_source
     if callable(guard_source):  # a method up to 2.11
         guard_source = guard_source()
     return guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module()
 
 
 def copy_placeholder(new: fx.Node, old: fx.Node) -> None:
-    """Gives a captured placeholder what dynamo knows of it: its source, and that it is a static input."""
+    """Gives a captured placeholder what dynamo knows of it: its source, that it is static."""
     for key, held in old.meta.items():
         new.meta.setdefault(key, held)
     if hasattr(old, "_dynamo_source"):
-        new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]  # AOTAutograd reads it
+        new._dynamo_source = old._dynamo_source  # type: ignore  # AOTAutograd reads it
 
 
 def tracing_context() -> ExitStack:
@@ -175,8 +177,8 @@ def log_artifact(name: str, payload: dict[str, Any]) -> None:
 
 
 def is_traceable(held: Any) -> bool:
-    """Whether a fake value can stand for a node in a trace: a batched tensor of a functorch level cannot."""
-    leaves = torch.utils._pytree.tree_leaves(held)
+    """Whether a fake value can stand for a node: a batched tensor of functorch cannot."""
+    leaves = tree_leaves(held)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     return bool(leaves) and all(is_fake(leaf) for leaf in tensors)
 

@@ -1,9 +1,9 @@
-"""The stages between capture and Inductor, and the table of the rules that may be switched on and off."""
+"""The stages between capture and Inductor, and the table of rules that may be switched off."""
 
 from __future__ import annotations
 
 # rule -> what it does, in the order the pipeline runs them
 RULES: dict[str, str] = {
-    "fold-affine-into-linear": "a norm's weight and bias into the weights and biases of every linear reader",
+    "fold-affine-into-linear": "a norm's weight and bias into those of every linear reader",
     "hoist": "computations that read only parameters run once, outside of the graph",
 }

@@ -1,7 +1,8 @@
 """The affine part: what follows a norm, as long as the value stays weight * norm + bias.
 
-Read one reader at a time with a second lift, in which the norm itself is x. Taken in are parameters, and operands that
-are constant along some dim that statistics are not taken over (the scale and shift of AdaLN, one for each sample).
+Read one reader at a time with a second lift, in which the norm itself is x. Taken in are
+parameters, and operands that are constant along some dim that statistics are not taken over (the
+scale and shift of AdaLN, one for each sample).
 A residual or a gate as large as the value itself is no affine part: it stays outside.
 """
 
@@ -27,7 +28,7 @@ _CASTS = frozenset({aten.to, aten._to_copy, aten.type_as})
 
 
 def extend(facts: Facts, node: fx.Node, core: Core) -> tuple[fx.Node, Core, list[fx.Node]]:
-    """Takes in what follows a norm as long as it stays weight * norm + bias (one reader at a time)."""
+    """Takes in what follows a norm as long as it stays weight * norm + bias."""
     taken: list[fx.Node] = []
     if core.spec.statistic in ("batch", "static"):
         return node, core, taken
@@ -49,7 +50,7 @@ def extend(facts: Facts, node: fx.Node, core: Core) -> tuple[fx.Node, Core, list
         cast_after_affine = g.packet(user) in (aten.to, aten._to_copy, aten.type_as) and (
             extended.weight is not None or extended.bias is not None
         )
-        closed = cast_after_affine and g.dtype(user) != g.dtype(user.args[0])  # type: ignore[arg-type]
+        closed = cast_after_affine and g.dtype(user) != g.dtype(user.args[0])
         best = (last, extended, taken)
     return best
 
@@ -123,7 +124,7 @@ def _after(node: fx.Node, so_far: Core, spec: NormSpec) -> NormSpec:
 
 
 def _broadcasts(lift: Lift, *polys: Poly) -> bool:
-    """Whether each operand is constant along a dim that statistics are not taken over (AdaLN's, per sample)."""
+    """Whether each operand is constant along some dim that statistics are not taken over."""
     sizes = g.shape(lift.x) or ()
     others = {i for i, s in enumerate(sizes) if i not in lift.dims and str(s) != "1"}
     return all(

@@ -1,4 +1,4 @@
-"""ATen's own normalizations as specs: what `aten.layer_norm` and its kin compute, in the terms of `NormSpec`."""
+"""ATen's own normalizations (`aten.layer_norm` and its kin) in the terms of `NormSpec`."""
 
 from __future__ import annotations
 

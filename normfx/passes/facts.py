@@ -1,4 +1,4 @@
-"""Facts about a captured graph that recognition reads: order, what is constant, what is written to and when."""
+"""Facts about a captured graph: its order, what is constant, what is written to and when."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from normfx.record import Refusal
 
 
 class Facts:
-    """The graph as recognition sees it. Nodes that are added take the place in the order of the one they serve."""
+    """The graph as recognition sees it. A new node takes the place in the order that it serves."""
 
     def __init__(self, gm: fx.GraphModule, *, grad: bool) -> None:
         self.graph, self.grad = gm.graph, grad
@@ -30,7 +30,7 @@ class Facts:
         ]
 
     def emit(self, target: Any, a: Any, b: Any, before: fx.Node) -> fx.Node:
-        """A call of a binary operator before a node, with its value; one of the operands is a node."""
+        """A call of a binary operator before a node; at least one operand is a node."""
         if not isinstance(a, fx.Node):
             a, b = b, a
         with self.graph.inserting_before(before):
@@ -46,7 +46,7 @@ class Facts:
     def unsafe(
         self, node: fx.Node, inputs: list[fx.Node], region: list[fx.Node]
     ) -> tuple[Refusal, fx.Node] | None:
-        """Why a region may not be replaced by one node at its end, which reads the inputs there, if so."""
+        """Why a region may not be replaced by one node at its end that reads the inputs there."""
         inside = [n for n in (*region, node) if self.order[n] <= self.order[node]]
         first, last = min(self.order[n] for n in inside), self.order[node]
         watched = {g.storage(n) for n in (*inputs, *inside)} - {None}

@@ -1,10 +1,11 @@
 """Fold: the weight and bias of a norm into the linear operators that read it.
 
-    norm(x; w, b) @ V^T + c  =  norm(x; 1, 0) @ (V diag(w))^T + (c + V b)        (FlashNorm, 2407.09577, 1 and 3)
+    norm(x; w, b) @ V^T + c  =  norm(x; 1, 0) @ (V diag(w))^T + (c + V b)        (FlashNorm,
+    2407.09577, 1 and 3)
 
-The folded weights are ordinary nodes of the graph: `hoist` moves them out of it. They are computed in float64 and
-rounded once. Every reader must take its share, or the norm keeps its affine part; a weight that has other readers
-stays whole, since a reader gets a weight of its own.
+The folded weights are ordinary nodes of the graph: `hoist` moves them out of it. They are computed
+in float64 and rounded once. Every reader must take its share, or the norm keeps its affine part; a
+weight that has other readers stays whole, since a reader gets a weight of its own.
 """
 
 from __future__ import annotations
@@ -87,14 +88,15 @@ def fold(gm: fx.GraphModule, options: Options, *, grad: bool, tracked: bool) -> 
     Args:
         gm: a graph with canonical nodes; changed in place.
         options: says whether the rule may run.
-        grad: whether gradients flow; then nothing is folded, since the product would be computed in every step.
+        grad: whether gradients flow; then nothing is folded, since the product would be computed in
+            every step.
         tracked: whether changes of the parameters can be noticed.
 
     Every norm of an activation gets one record.
 
     Refuses:
-        no-affine, rule-off, needs-grad, weight-not-tracked, affine-not-constant, dim-not-last, no-reader, extra-user, reader-not-linear,
-        weight-not-constant, dtype-differs.
+        no-affine, rule-off, needs-grad, weight-not-tracked, affine-not-constant, dim-not-last,
+        no-reader, extra-user, reader-not-linear, weight-not-constant, dtype-differs.
     """
     constant = g.parameter_only(gm.graph)
     written = g.written_storages(gm.graph)
@@ -131,17 +133,18 @@ def _check(
         return Refused(Refusal.NEEDS_GRAD, node)
     if not tracked:
         return Refused(Refusal.NOT_TRACKED, node)
-    spec = node.kwargs["spec"]
-    rank: int = node.kwargs["rank"]  # type: ignore[assignment]
+    spec: Any = node.kwargs["spec"]
+    rank: Any = node.kwargs["rank"]
     sizes = g.shape(node)
     if sizes is None or g.storage(node) in written:
         return Refused(Refusal.MUTATED if sizes else Refusal.SHAPE_UNKNOWN, node)
-    for operand in node.args[1:3]:
+    operands: Any = node.args[1:3]
+    for operand in operands:
         if operand is None:
             continue
         if operand not in constant:
-            return Refused(Refusal.NOT_CONSTANT, operand)  # type: ignore[arg-type]
-        shape = g.shape(operand)  # type: ignore[arg-type]
+            return Refused(Refusal.NOT_CONSTANT, operand)
+        shape = g.shape(operand)
         along_last = shape is not None and all(str(s) == "1" for s in shape[:-1])
         if not along_last or spec.affine_dim not in (None, rank - 1):
             return Refused(Refusal.DIM_NOT_LAST, node)
@@ -188,13 +191,7 @@ def _keeps_last_dim(source: fx.Node, user: fx.Node) -> bool:
     ):
         return False
     if packet in (aten.transpose, aten.permute):
-        order = list(range(rank))
-        if packet is aten.permute:
-            order = [d % rank for d in user.args[1]]  # type: ignore[union-attr]
-        else:
-            a, b = user.args[1] % rank, user.args[2] % rank  # type: ignore[operator]
-            order[a], order[b] = b, a
-        return order[-1] == rank - 1
+        return g.permutation(user, rank)[-1] == rank - 1
     if packet is aten.dropout:
         return not user.args[2]
     if packet in (
@@ -233,7 +230,7 @@ def _rows_only(user: fx.Node, rank: int) -> bool:
 
 
 def _rows_stay(old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether a view keeps the last dim: equal sizes at the end, whatever happens to the dims before it."""
+    """Whether a view keeps the last dim: rows of equal length stay rows, whatever comes before."""
     return (
         new.dim() > 0
         and old.dim() > 0
@@ -243,16 +240,17 @@ def _rows_stay(old: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 def _reader(source: fx.Node, user: fx.Node, constant: set[fx.Node]) -> Reader | Refused:
-    packet, args = g.packet(user), user.args
+    packet = g.packet(user)
+    args: Any = user.args
     if packet is aten.linear and args[0] is source and source not in args[1:]:
-        reader = Reader(user, args[1], True, args[2] if len(args) > 2 else None)  # type: ignore[arg-type]
+        reader = Reader(user, args[1], True, args[2] if len(args) > 2 else None)
     elif packet is aten.addmm and args[1] is source and source not in (args[0], args[2]):
         scaled = g.arguments(user)
         if scaled["beta"] != 1 or scaled["alpha"] != 1:
             return Refused(Refusal.NOT_LINEAR, user)
-        reader = Reader(user, args[2], False, args[0])  # type: ignore[arg-type]
+        reader = Reader(user, args[2], False, args[0])
     elif packet in (aten.mm, aten.matmul) and args[0] is source and args[1] is not source:
-        reader = Reader(user, args[1], False, None)  # type: ignore[arg-type]
+        reader = Reader(user, args[1], False, None)
     else:
         return Refused(Refusal.NOT_LINEAR, user)
     if reader.weight not in constant or (reader.bias is not None and reader.bias not in constant):
@@ -268,10 +266,10 @@ def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
     weight, bias = node.args[1], node.args[2]
     for reader in readers:
         _fold_into(graph, reader, weight, bias)
-    spec = node.kwargs["spec"]
+    spec: Any = node.kwargs["spec"]
     # the dtype of the result stays that of the norm with its affine part
     node.args = (node.args[0], None, None, *node.args[3:])
-    node.kwargs = {**node.kwargs, "spec": spec._replace(affine_dim=None)}  # type: ignore[union-attr]
+    node.kwargs = {**node.kwargs, "spec": spec._replace(affine_dim=None)}
 
 
 def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
@@ -327,7 +325,7 @@ def _column(reader: Reader) -> torch.Tensor:
 
 
 class _Emitter:
-    """Makes nodes at a place. They get no value, but for the results, which look like what they replace."""
+    """Makes nodes at a place; only results get a value, that of what they replace."""
 
     def __init__(self, graph: fx.Graph, at: fx.Node) -> None:
         self.graph, self.at = graph, at

@@ -1,7 +1,8 @@
 """Hoist: computations that read only parameters and buffers leave the graph.
 
-What they compute becomes buffers of the captured graph (Inductor sees static inputs). A second graph computes the
-buffers from the parameters; `live.LiveWeights` runs it before the first call and after every change of a parameter.
+What they compute becomes buffers of the captured graph (Inductor sees static inputs). A second
+graph computes the buffers from the parameters; `live.LiveWeights` runs it before the first call and
+after every change of a parameter.
 Only without gradients: with them, the computation must stay where autograd sees it.
 """
 
@@ -45,8 +46,9 @@ _VIEWS = frozenset(
     }
 )
 
-# A value that is larger than this many times the parameters it is made from (a table indexed by every position)
-# trades memory traffic for arithmetic that Inductor fuses into its reader: it stays.
+# A value that is larger than this many times the parameters it is made from (a table indexed by
+# every position) trades memory traffic for arithmetic that Inductor fuses into its reader: it
+# stays.
 MAX_GROWTH = 4
 
 
@@ -57,7 +59,8 @@ class Hoisted:
     Attributes:
         compute: from the parameters at `positions` to the new values of the buffers.
         positions: indices of the captured graph's inputs.
-        names: names of the buffers on the captured graph module, in the order of `compute`'s results.
+        names: names of the buffers on the captured graph module, in the order of `compute`'s
+            results.
     """
 
     compute: fx.GraphModule

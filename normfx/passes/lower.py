@@ -1,8 +1,9 @@
 """Lower: canonical nodes become ATen, which Inductor fuses and generates code for.
 
-Where ATen has the normalization as an operator of its own, that is used: Inductor decomposes it with care (one pass
-for the statistics, a backward of its own), and eager runs a fused kernel. Anything else becomes the body of
-`ops.norm`, traced once for each distinct (spec, shapes, dtypes) and copied to every node that needs it.
+Where ATen has the normalization as an operator of its own, that is used: Inductor decomposes it
+with care (one pass for the statistics, a backward of its own), and eager runs a fused kernel.
+Anything else becomes the body of `ops.norm`, traced once for each distinct (spec, shapes, dtypes)
+and copied to every node that needs it.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ def lower(gm: fx.GraphModule) -> None:
 
 def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """The norm as one operator of ATen, or None if there is none that computes exactly this."""
-    spec: NormSpec = node.kwargs["spec"]  # type: ignore[assignment]
-    rank: int = node.kwargs["rank"]  # type: ignore[assignment]
-    x, weight, bias, eps, mean, var = node.args
+    spec: Any = node.kwargs["spec"]
+    rank: Any = node.kwargs["rank"]
+    args: Any = node.args
+    x, weight, bias, eps, mean, var = args
     held = g.tensor(x)
     if (
         held is None
@@ -94,7 +96,7 @@ def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 
 def _rounds_once(spec: NormSpec, dtype: torch.dtype) -> bool:
-    """Whether the result is rounded to the input's dtype once, at the end, as ATen's operators do."""
+    """Whether the result is rounded once, at the end, as ATen's operators do."""
     return (
         spec.out_dtype == dtype
         and spec.norm_dtype == spec.stats_dtype
@@ -111,36 +113,38 @@ def _is_like(operand: Any, sizes: list[int], dtype: torch.dtype, spec: NormSpec)
 
 def _as_body(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) -> fx.Node:
     """The operators of the body of `norm`, in place of the node."""
-    spec, rank = node.kwargs["spec"], node.kwargs["rank"]
-    present = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node)]
-    fakes = [g.tensor(node.args[i]) for i in present]  # type: ignore[arg-type]
+    spec: Any = node.kwargs["spec"]
+    rank: Any = node.kwargs["rank"]
+    operands_of: Any = node.args
+    present = [i for i, a in enumerate(operands_of) if isinstance(a, fx.Node)]
+    fakes: list[Any] = [g.tensor(operands_of[i]) for i in present]
     key = (
         spec,
         *(
-            (i, tuple(map(str, f.shape)), f.dtype, f.device)
+            (i, str(f.shape), str(f.stride()), f.dtype, f.device)
             for i, f in zip(present, fakes, strict=True)
         ),
-    )  # type: ignore[union-attr]
+    )
     if key not in bodies:
 
         def body(*given: torch.Tensor) -> torch.Tensor:
-            operands: list[Any] = [None] * len(node.args)
+            operands: list[Any] = [None] * len(operands_of)
             for i, tensor in zip(present, given, strict=True):
                 operands[i] = tensor
-            return norm(*operands, spec=spec, rank=rank)  # type: ignore[arg-type]
+            return norm(*operands, spec=spec, rank=rank)
 
         mode = fake_mode_of(fakes)
         with real_tensors_allowed(mode), mode:
             bodies[key] = trace_pre_dispatch(body, fakes)
     template = bodies[key].graph
-    inputs = iter(node.args[i] for i in present)
+    inputs = iter(operands_of[i] for i in present)
     copies: dict[fx.Node, fx.Node] = {}
     result: Any = None
     for inner in template.nodes:
         if inner.op == "placeholder":
-            copies[inner] = next(inputs)  # type: ignore[assignment]
+            copies[inner] = next(inputs)
         elif inner.op == "output":
-            result = copies[inner.args[0]]  # type: ignore[index]
+            result = copies[inner.args[0]]
         else:
             copies[inner] = graph.node_copy(inner, lambda n: copies[n])
             for name in ("stack_trace", "nn_module_stack"):

@@ -1,4 +1,4 @@
-"""Materialise: polynomials of opaque operands as nodes of the graph, where a norm's weight or eps is none yet."""
+"""Materialise: polynomials of opaque operands as nodes, for a weight or eps that is none yet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def can_be_made(lift: Lift, poly: Poly) -> bool:
 
 
 def materialise(facts: Facts, lift: Lift, poly: Poly, before: fx.Node) -> Any:
-    """A polynomial of opaque operands as a node of the graph: an operand itself, or the sum that it is."""
+    """A polynomial of opaque operands as a node: an operand itself, or the sum that it is."""
     total: Any = None
     for monomial, coefficient in poly.terms.items():
         term: Any = float(coefficient)
@@ -45,12 +45,14 @@ def materialise(facts: Facts, lift: Lift, poly: Poly, before: fx.Node) -> Any:
 def _atom_node(facts: Facts, lift: Lift, index: int, exponent: Any, before: fx.Node) -> Any:
     atom = lift.ring.atoms[index]
     if atom.kind == "constant":
-        return float(atom.key) ** float(exponent)  # type: ignore[arg-type]
-    base = atom.key if atom.kind == "opaque" else materialise(facts, lift, atom.base, before)  # type: ignore[arg-type]
-    assert isinstance(base, fx.Node), "a symbolic size never stands alone in an affine part"
-    if atom.kind == "floor":
-        low = materialise(facts, lift, atom.floor, before)  # type: ignore[arg-type]
-        base = facts.emit(aten.clamp_min.default, base, low, before)
+        return float(atom.key) ** float(exponent)
+    base = atom.key
+    if atom.base is not None:
+        base = materialise(facts, lift, atom.base, before)
+    if atom.floor is not None:
+        low = materialise(facts, lift, atom.floor, before)
+        highest = aten.maximum if isinstance(low, fx.Node) else aten.clamp_min
+        base = facts.emit(highest.default, base, low, before)
     return (
         base if exponent == 1 else facts.emit(aten.pow.Tensor_Scalar, base, float(exponent), before)
     )

@@ -1,8 +1,9 @@
 """Recognise: find every normalization, prove what it is, and put one canonical node in its place.
 
-ATen's own normalizations are read off their arguments (`composites.py`), spelled-out ones are proved (`spelled.py`),
-those whose statistics are parameters are read from there (`static.py`); then what follows is taken in as the affine
-part (`affine.py`). What looked like a norm and is none is recorded as a near miss with the first law that failed.
+ATen's own normalizations are read off their arguments (`composites.py`), spelled-out ones are
+proved (`spelled.py`), those whose statistics are parameters are read from there (`static.py`); then
+what follows is taken in as the affine part (`affine.py`). What looked like a norm and is none is
+recorded as a near miss with the first law that failed.
 
 The graph runs after this stage; inner values that are read from outside stay where they are.
 """
@@ -25,11 +26,12 @@ aten = torch.ops.aten
 
 
 def recognise(gm: fx.GraphModule, journal: Journal, *, grad: bool) -> None:
-    """Replaces every normalization of the graph by a canonical node, and records each in the journal.
+    """Replaces every normalization of the graph by a canonical node, and records each.
 
     Args:
         gm: a captured graph; changed in place.
-        journal: gets a `Site` for each norm, in the order of the graph, and a `NearMiss` for what is none.
+        journal: gets a `Site` for each norm, in the order of the graph, and a `NearMiss` for what
+            is none.
         grad: whether gradients flow through the graph (then `detach` is no identity).
 
     Refuses:
@@ -76,7 +78,7 @@ def recognise(gm: fx.GraphModule, journal: Journal, *, grad: bool) -> None:
 def _place(
     facts: Facts, node: fx.Node, core: Core, region: list[fx.Node]
 ) -> tuple[int, Site] | NearMiss:
-    """Puts a canonical node in place of a region and of the affine part after it, if that is safe."""
+    """Puts a canonical node in place of a region and the affine part after it, if safe."""
     refused = facts.unsafe(node, _inputs(core), region)
     if refused is not None:
         code, guilty = refused
@@ -138,7 +140,7 @@ def _site(node: fx.Node, made: fx.Node, spec: NormSpec, rank: int) -> Site:
         kind=spec.kind,
         dims=dims,
         eps=short(spec.eps),
-        dtype=str(g.dtype(made.args[0])).removeprefix("torch."),  # type: ignore[arg-type]
+        dtype=str(g.dtype(made.args[0])).removeprefix("torch."),
         location=g.location(node),
         weight=made.args[1] is not None,
         bias=made.args[2] is not None,

@@ -1,8 +1,9 @@
-"""Spelled-out norms: from a reduction to the values that are normalizations of what it is a statistic of.
+"""Spelled-out norms: from a reduction to the values that are normalizations.
 
-Every reduction is a beginning. The tensors it may be a statistic of are tried in turn (through casts, squares and the
-subtraction of a mean), the operators after it are lifted to polynomials, and the first values that *are*
-normalizations, as identities of polynomials, are returned with their specs.
+Every reduction is a beginning. The tensors it may be a statistic of are tried in turn (through
+casts, squares and the subtraction of a mean), the operators after it are lifted to polynomials, and
+the first values that *are* normalizations, as identities of polynomials, are returned with their
+specs.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ _LOOK_THROUGH = frozenset(
         aten.type_as,
     }
 )
-# A spelled-out norm, from its first statistic to its last operator, has about fifteen nodes; the most that a
-# site may visit bounds the time spent on a reduction that is no norm at all.
+# A spelled-out norm, from its first statistic to its last operator, has about fifteen nodes; the
+# most that a site may visit bounds the time spent on a reduction that is no norm at all.
 MAX_VISITED = 48
 MAX_TERMS = 48
 
@@ -131,7 +132,7 @@ def spelled(facts: Facts, reduction: fx.Node) -> Found:
 
 def _dims(reduction: fx.Node, rank: int) -> set[int]:
     if g.packet(reduction) in (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d):
-        return {rank - 1 - i for i in range(len(reduction.args[1]))}  # type: ignore[arg-type]
+        return {rank - 1 - i for i in range(len(g.arguments(reduction)["output_size"]))}
     return normal_dims(g.arguments(reduction).get("dim"), rank)
 
 
@@ -201,7 +202,7 @@ def _is_mean_of(mean: fx.Node, x: fx.Node) -> bool:
 def _forward(
     facts: Facts, lift: Lift, reduction: fx.Node
 ) -> tuple[list[tuple[fx.Node, Form]], fx.Node | None]:
-    """The first values after a statistic that are norms; and the first root taken of a statistic."""
+    """The first values after a statistic that are norms, and the first root taken of it."""
     matches: list[tuple[fx.Node, Form]] = []
     rooted: fx.Node | None = None
     heap = [(facts.order[reduction], reduction)]
@@ -236,7 +237,7 @@ def _forward(
 
 
 def _too_wide(facts: Facts, lift: Lift, poly: Poly) -> bool:
-    """Whether a value has an operand as wide as x that is no parameter: it is past any norm's affine part."""
+    """Whether a value has an operand as wide as x that is no parameter: past any affine part."""
     everything = {i for i, s in enumerate(g.shape(lift.x) or ()) if str(s) != "1"}
     for index in poly.atoms():
         atom = lift.ring.atoms[index]
@@ -301,7 +302,7 @@ def _full_axes(axes: tuple[int | None, ...], identity: tuple[int, ...], lift: Li
 
 
 def _presented(spec: NormSpec, n: Fraction | None, *, tensor_eps: bool) -> NormSpec:
-    """The same function with the numbers as people write them: unbiased variance, sums instead of means."""
+    """The same function with the numbers as people write them: unbiased variances, sums."""
     if close(spec.scale, 1.0):
         spec = spec._replace(scale=1.0)
     if (

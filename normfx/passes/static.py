@@ -1,7 +1,7 @@
 """Statistics that are parameters: x * A + B, where A is made with the root of a given variance.
 
-A frozen BatchNorm written out, UN and PowerNorm in eval mode. There is no reduction to begin with, so these begin at
-the root of `variance + eps`, where the variance is a parameter or buffer.
+A frozen BatchNorm written out, UN and PowerNorm in eval mode. There is no reduction to begin with,
+so these begin at the root of `variance + eps`, where the variance is a parameter or buffer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LOOKS = frozenset(
 
 
 def static_norms(facts: Facts) -> Iterator[tuple[fx.Node, Core, list[fx.Node]]]:
-    """X * A + B, where A is made with the root of a given variance: a frozen BatchNorm, UN in eval mode."""
+    """Every x * A + B where A is made with the root of a given variance (a frozen BatchNorm)."""
     for root in [
         n for n in facts.graph.nodes if n in facts.constant and _is_root_of_given_variance(n)
     ]:
@@ -92,15 +92,16 @@ def _static(
     if last is None or form is None:
         return None
     subtracted = []
+    read: Any = x.args
     if (
         g.packet(x) is aten.sub
         and len(x.users) == 1
         and x.args[1] in facts.constant
         and not x.kwargs
     ):
-        if str(g.shape(x.args[0])) == str(g.shape(x)):  # type: ignore[arg-type]
+        if str(g.shape(read[0])) == str(g.shape(x)):
             subtracted = [x]
-            x, mean = x.args[0], x.args[1]  # type: ignore[assignment]
+            x, mean = read[0], read[1]
     out = g.dtype(last)
     assert out is not None
     stats = wide(torch.promote_types(g.dtype(x) or out, out))
@@ -131,7 +132,7 @@ def _is_root_of_given_variance(node: fx.Node) -> bool:
 
 
 def _given_eps(root: fx.Node) -> float | None:
-    """The eps of sqrt(p + eps) where p is a parameter or buffer behind views and casts, else None."""
+    """The eps of sqrt(p + eps) where p is a parameter or buffer behind views, else None."""
     radicand = root.args[0]
     if (
         not isinstance(radicand, fx.Node)
