@@ -27,7 +27,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint fix clean
+.PHONY: help venv demo test lint fix docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -49,6 +49,9 @@ lint: $(STAMP) ## check format, lint and types
 fix: $(STAMP) ## format, and fix what ruff can
 	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
+
+docs: $(STAMP) ## write docs/rules.md and docs/options.md from the tables in the code
+	@$(PY) docs/generate.py $(ARGS)
 
 clean: ## remove caches and builds, not the environment
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis torch_compile_debug
