@@ -68,7 +68,8 @@ def main() -> None:
 
     print(machine())
     print(
-        "layers  nodes  norms  capture  recognise    fold   hoist   lower  normfx  ms/layer  inductor  share"
+    print("layers  nodes  norms  capture  recognise    fold   hoist   lower", end="")
+    print("  normfx  ms/layer  inductor  share")
     )
     for layers in map(int, asked.layers.split(",")):
         command = [sys.executable, "-m", "benchmarks.compile_time", "--one", str(layers)]

@@ -475,7 +475,7 @@ class _Writer:
         else:
             made = self.average(h)
         made = self.touch(made)
-        if self.rarely() and not self.is_mutation("wrong-axis-mean"):
+        if self.rarely() and not self.is_mutation("wrong-axis-mean", "statistic-of-half"):
             made = self.let(
                 self.pick(f"{made}.expand_as({h})", f"{made}.expand({list(self.norm.shape)})")
             )

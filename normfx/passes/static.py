@@ -7,6 +7,7 @@ so these begin at the root of `variance + eps`, where the variance is a paramete
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
