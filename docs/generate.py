@@ -1,7 +1,7 @@
 """Writes docs/rules.md and docs/options.md from the tables in the code.
 
-    python docs/generate.py            write both pages
-    python docs/generate.py --check    change nothing; exit status 1 if a page is stale
+`python docs/generate.py` writes both pages. With `--check` it changes nothing, and its exit status
+is 1 if a page is stale.
 """
 
 from __future__ import annotations
