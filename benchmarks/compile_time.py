@@ -67,10 +67,8 @@ def main() -> None:
     from benchmarks.machine import machine
 
     print(machine())
-    print(
     print("layers  nodes  norms  capture  recognise    fold   hoist   lower", end="")
     print("  normfx  ms/layer  inductor  share")
-    )
     for layers in map(int, asked.layers.split(",")):
         command = [sys.executable, "-m", "benchmarks.compile_time", "--one", str(layers)]
         command += ["--inductor-layers", asked.inductor_layers]

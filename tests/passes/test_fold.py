@@ -232,7 +232,7 @@ ALSO_NOT_LINEAR = {
     "bmm": lambda m, y, x: torch.bmm(y, x.transpose(1, 2)),
     "vector": lambda m, y, x: y @ m.transposed[:, 0],
     "dropout-on": lambda m, y, x: F.linear(F.dropout(y, 0.5, True), m.weight),
-    "reinterpreted": lambda m, y, x: F.linear(y.view(torch.int32).view(torch.float32), m.weight),
+    "reinterpreted": lambda m, y, x: F.linear(y.view(torch.int32).to(m.weight.dtype), m.weight),
     "rounded": lambda m, y, x: F.linear(y.to(torch.int32).to(y.dtype), m.weight),
     "reshaped-across": lambda m, y, x: F.linear(y.transpose(1, 2).reshape(8, 8, 8), m.weight),
     "as-strided": lambda m, y, x: F.linear(y.as_strided((8, 8), (1, 8)), m.weight),

@@ -183,11 +183,26 @@ def test_near_miss_other_dims():
     assert "reduction-over-other-dims" in near_miss(mixed, torch.randn(6, 7))
 
 
-def test_near_miss_other_tensor():
+def test_near_miss_unknown_statistic():
     def cubed(x):
         return x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True).abs() + 1e-5)
 
-    assert near_miss(cubed, torch.randn(6, 7))
+    assert near_miss(cubed, torch.randn(6, 7)) == ["unknown-statistic"]
+
+
+def test_near_miss_factor_only():
+    def of_another_tensor(x, y):
+        return x * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+    assert near_miss(of_another_tensor, torch.randn(6, 7), torch.randn(6, 7)) == ["factor-only"]
+
+
+def test_near_miss_view_mixes_dims():
+    def flattened(x):
+        rms = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return x.view(-1) * rms.expand(6, 7).reshape(-1)
+
+    assert near_miss(flattened, torch.randn(6, 7)) == ["view-mixes-dims"]
 
 
 def test_near_miss_broadcast():
@@ -198,12 +213,40 @@ def test_near_miss_broadcast():
 
 
 def test_near_miss_not_a_norm():
-    def eps_on_the_mean(x):
-        return (x - x.mean(-1, keepdim=True) - 1e-1 * x.pow(2)) * torch.rsqrt(
+    def half_centred(x):
+        return (x - 0.5 * x.mean(-1, keepdim=True)) * torch.rsqrt(
             x.pow(2).mean(-1, keepdim=True) + 1e-5
         )
 
-    assert near_miss(eps_on_the_mean, torch.randn(6, 7))
+    assert near_miss(half_centred, torch.randn(6, 7)) == ["not-a-norm"]
+
+
+@pytest.mark.parametrize("after", [torch.int32, torch.float32], ids=str)
+def test_bits_read_as_another_dtype_are_no_affine_part(after):
+    def reinterpreted(x):
+        return F.layer_norm(x, (8,)).view(torch.int32).to(after)
+
+    x = torch.randn(64, 8)
+    assert torch.equal(compiled(reinterpreted)(x), reinterpreted(x))
+    assert len(normfx.report().sites) == 1
+
+
+@pytest.mark.parametrize("bias", [1.0, -2, 0.5])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_number_as_bias(bias, weighted):
+    weight = torch.rand(8) + 0.5 if weighted else None
+
+    def shifted(x):
+        return F.layer_norm(x, (8,), None if weight is None else weight.to(x.dtype)) + bias
+
+    x = torch.randn(64, 8)
+    assert_within_contract(compiled(shifted)(x), shifted(x), shifted(x.double()))
+    assert len(normfx.report().sites) == 1
+
+
+def test_a_norm_without_affine_part_says_so():
+    compiled(lambda x: F.layer_norm(x, (8,)))(torch.randn(64, 8))
+    assert normfx.report().sites[0].refusals == ["no-affine"]
 
 
 def test_near_miss_masked():
