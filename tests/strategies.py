@@ -868,6 +868,8 @@ class _Writer:
         body = "\n    ".join(line for line in self.lines if line != "pass")
         text = f"def f({arguments}):\n    {body}\n    return {returned}\n"
         grad = self.is_mutation("detached-mean", "detached-root", "no-grad-root") or self.rarely()
+        if self.is_mutation("x-written-between"):  # autograd itself refuses some of these
+            grad = False
         return Program(norm, text, self.inputs, self.namespace, self.mutation, grad)
 
     def body(self, h: str, weight: str | None, bias: str | None, name: str) -> str:
@@ -994,9 +996,9 @@ class _Writer:
         if self.is_mutation("mean-twice"):
             return self.let(f"{h} - 2 * {m}")
         if self.is_mutation("lerp-off"):
-            return self.let(f"2 * ({h} - torch.lerp({h}, {m}, 0.25))")
+            return self.let(f"2 * ({h} - torch.lerp({h}, {m}.to({h}.dtype), 0.25))")
         if self.rarely():
-            return self.let(f"2 * ({h} - torch.lerp({h}, {m}, 0.5))")
+            return self.let(f"2 * ({h} - torch.lerp({h}, {m}.to({h}.dtype), 0.5))")
         return self.sub(h, m)
 
     def affine(self, y: str, weight: str | None, bias: str | None, name: str) -> str:
