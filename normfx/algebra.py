@@ -42,6 +42,12 @@ def close(a: Fraction | float, b: Fraction | float) -> bool:
     return abs(a - b) <= COEFFICIENT_TOLERANCE * max(abs(a), abs(b))
 
 
+def _sum(a: Fraction, b: Fraction) -> Fraction:
+    """A + b, where what the rounding of literals leaves of a difference is zero."""
+    total = a + b
+    return total if abs(total) > COEFFICIENT_TOLERANCE * max(abs(a), abs(b)) else Fraction(0)
+
+
 class Poly:
     """A polynomial: monomial -> coefficient, without zero coefficients. Immutable by convention."""
 
@@ -56,7 +62,8 @@ class Poly:
     def __add__(self, other: Poly) -> Poly:
         terms = dict(self.terms)
         for monomial, coefficient in other.terms.items():
-            terms[monomial] = terms.get(monomial, Fraction(0)) + coefficient
+            have = terms.get(monomial)
+            terms[monomial] = coefficient if have is None else _sum(have, coefficient)
         return Poly(terms)
 
     def scaled(self, factor: Fraction) -> Poly:
@@ -96,7 +103,7 @@ class Atom:
     """What an atom stands for.
 
     Attributes:
-        kind: "x", "abs-x", "moment", "opaque", "compound", "floor" or "constant".
+        kind: "x", "moment", "opaque", "compound", "floor" or "constant".
         key: k of a moment; the caller's key of an opaque operand; the number of a constant; None
             otherwise.
         base: the polynomial of a compound, or the one that a floor is put under.
@@ -176,7 +183,7 @@ class Ring:
                 pending.extend(expanded)
                 continue
             monomial = tuple(sorted((atom, _whole(e)) for atom, e in exponents.items() if e))
-            total[monomial] = total.get(monomial, Fraction(0)) + coefficient
+            total[monomial] = _sum(total.get(monomial, Fraction(0)), coefficient)
         return Poly(total)
 
     def _expand_one(
@@ -193,10 +200,6 @@ class Ring:
                 assert atom.base is not None
                 rest = {**exponents, index: exponent - 1}
                 return [(_merge(rest, m), coefficient * c) for m, c in atom.base.terms.items()]
-            if atom.kind == "abs-x" and (exponent >= 2 or exponent <= -2):
-                even = 2 * int(exponent / 2)
-                rest = {**exponents, index: exponent - even}
-                return [(_merge(rest, ((0, even),)), coefficient)]
         return None
 
     def power(self, p: Poly, exponent: Exponent) -> Poly | None:
@@ -219,17 +222,22 @@ class Ring:
         self, monomial: Monomial, coefficient: Fraction, exponent: Exponent
     ) -> Poly | None:
         result = self._power_of_number(coefficient, exponent)
+        unproved = sum(not self._is_nonnegative_power(i, e) for i, e in monomial)
         for index, e in monomial:
-            atom = self.atoms[index]
-            if isinstance(exponent, int) or atom.nonnegative:
-                factor: Poly | None = Poly({((index, _whole(e * exponent)),): Fraction(1)})
-            elif atom.kind == "x" and e % 2 == 0:  # (x^2)^q = |x|^(2q)
-                absolute = self._generator(
-                    ("abs",), Atom("abs-x", has_x=True, varies=self.axes, nonnegative=True)
-                )
-                factor = self.power(absolute, e * exponent)
-            else:
-                factor = None
+            factor: Poly | None = None
+            if (
+                isinstance(exponent, int)
+                or self.atoms[index].nonnegative
+                or isinstance(e, Fraction)
+            ):
+                factor = Poly({((index, _whole(e * exponent)),): Fraction(1)})
+            elif e % 2 == 0:  # (a^2)^q = |a|^(2q)
+                square = Poly({((index, 2),): Fraction(1)})
+                factor = self._compound(square, Fraction(e, 2) * exponent, nonnegative=True)
+            elif (
+                unproved == 1
+            ):  # a root of one odd power: where it is defined at all, a is positive
+                factor = Poly({((index, _whole(e * exponent)),): Fraction(1)})
             if result is None or factor is None:
                 return None
             result = self.mul(result, factor)
@@ -247,28 +255,37 @@ class Ring:
 
     def _power_of_sum(self, p: Poly, exponent: Exponent) -> Poly | None:
         leading = p.terms[max(p.terms, key=self._rank)]
-        nonnegative = self.is_nonnegative(p)
         if not isinstance(exponent, int) and leading < 0:
             return None
-        monic = p.scaled(1 / leading)
-        parts = [self.atoms[i] for i in monic.atoms()]
-        key = ("q", frozenset((m, _rounded(c)) for m, c in monic.terms.items()))
-        base = self._generator(
-            key,
-            Atom(
-                "compound",
-                base=monic,
-                has_x=any(a.has_x for a in parts),
-                has_moment=any(a.has_moment for a in parts),
-                varies=frozenset().union(*(a.varies for a in parts)),
-                # a real root was taken of it, so it is >= 0 wherever the value is defined at all
-                nonnegative=nonnegative or not isinstance(exponent, int),
-            ),
-        )
         front = self._power_of_number(leading, exponent)
         if front is None:
             return None
-        return self.mul(front, Poly({((next(iter(base.atoms())), exponent),): Fraction(1)}))
+        nonnegative = self.is_nonnegative(p)
+        return self.mul(
+            front, self._compound(p.scaled(1 / leading), exponent, nonnegative=nonnegative)
+        )
+
+    def _compound(self, monic: Poly, exponent: Exponent, *, nonnegative: bool) -> Poly:
+        """Q^q for a monic Q. What other values take a root of says nothing of the sign of Q."""
+        parts = [self.atoms[i] for i in monic.atoms()]
+        key = ("q", frozenset((m, _rounded(c)) for m, c in monic.terms.items()))
+        atom = Atom(
+            "compound",
+            base=monic,
+            has_x=any(a.has_x for a in parts),
+            has_moment=any(a.has_moment for a in parts),
+            varies=frozenset().union(*(a.varies for a in parts)),
+            nonnegative=nonnegative,
+        )
+        return self.mul(self._generator(key, atom, _whole(exponent)), number(1))
+
+    def absolute(self, p: Poly) -> Poly:
+        """|p|: p itself where p >= 0 is proved, else the root of p^2."""
+        if self.is_nonnegative(p) or not p:
+            return p
+        square = self.mul(p, p)
+        root = self.power(square, Fraction(1, 2)) if len(square.terms) == 1 else None
+        return self._compound(square, Fraction(1, 2), nonnegative=True) if root is None else root
 
     def floor(self, p: Poly, low: Poly) -> Poly | None:
         """max(p, low): p itself where p >= 0 >= low is proved, else one atom."""

@@ -19,7 +19,12 @@ from normfx.options import Options
 from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal
 from normfx.reports import REPORTS, payload
-from normfx.torch_internals import compile_with_inductor, inductor_settings, log_artifact
+from normfx.torch_internals import (
+    compile_with_inductor,
+    fakes_for_aot,
+    inductor_settings,
+    log_artifact,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +60,7 @@ def normfx(
     except StageError as error:
         if parsed.strict:
             raise
-        journal.fallback = str(error)
-        journal.sites.clear()
-        journal.near_misses.clear()
+        journal.abandon(str(error))
         warnings.warn(
             f"{error}. The graph is left to plain Inductor; its results are not affected. "
             'Pass options={"strict": True} to see the whole error.',
@@ -81,15 +84,14 @@ def _compile(
     journal: Journal,
 ) -> Callable[..., Any]:
     frozen = options.weights == "frozen"
-    tracked = frozen or weights_are_tracked(example_inputs)
+    tracked = frozen or weights_are_tracked(gm, example_inputs)
     rewritten = rewrite(gm, options, journal, tracked=tracked)
-    live = None
-    if rewritten.hoisted is not None:
-        live = LiveWeights(rewritten.hoisted, rewritten.module, frozen=frozen)
+    hoisted = rewritten.hoisted
     compiled: Callable[..., Any] = rewritten.module
     if options.lowering == "inductor":
-        compiled = compile_with_inductor(rewritten.module, example_inputs, settings)
-    return compiled if live is None else live.wrap(compiled)
+        further = fakes_for_aot(hoisted.values) if hoisted is not None else []
+        compiled = compile_with_inductor(rewritten.module, [*example_inputs, *further], settings)
+    return compiled if hoisted is None else LiveWeights(hoisted, frozen=frozen).wrap(compiled)
 
 
 def _log(journal: Journal) -> None:

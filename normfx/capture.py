@@ -24,6 +24,7 @@ from normfx import graph as g
 from normfx.replay import Replays
 from normfx.torch_internals import (
     cannot_be_traced,
+    copy_graph_meta,
     copy_placeholder,
     fake_mode_of,
     give_value,
@@ -58,8 +59,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     for new, old in zip(captured.graph.find_nodes(op="placeholder"), placeholders, strict=True):
         copy_placeholder(new, old)
         new.meta["val"] = g.value(old)
-    for name, submodule in interpreter.bodies.items():
-        captured.add_submodule(name, submodule)
+    copy_graph_meta(captured, gm)
     captured.recompile()
     return captured
 
@@ -76,7 +76,6 @@ class _Capture(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.bodies: dict[str, fx.GraphModule] = {}
         self._verbatim = verbatim_nodes(gm.graph)
         self._replays = Replays(gm.graph)
 
@@ -84,7 +83,7 @@ class _Capture(fx.Interpreter):
         if n.op == "get_attr" and isinstance(
             body := getattr(self.module, str(n.target), None), fx.GraphModule
         ):
-            self.bodies[str(n.target)] = body
+            setattr(tracer().root, str(n.target), body)
             return _Verbatim(tracer().create_proxy("get_attr", n.target, (), {}, name=n.name))
         if n not in self._verbatim:
             last = next(iter(reversed(tracer().graph.nodes)), None)

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import fx
 
 from normfx.errors import StageError
@@ -14,6 +13,7 @@ from normfx.options import Options
 from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal
 from normfx.reports import Report
+from normfx.torch_internals import compile_alone
 
 
 def explain(
@@ -46,20 +46,19 @@ def explain(
 
         def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             journal = Journal()
-            tracked = parsed.weights == "frozen" or weights_are_tracked(example_inputs)
+            tracked = parsed.weights == "frozen" or weights_are_tracked(gm, example_inputs)
             try:
                 rewrite(gm, parsed, journal, tracked=tracked)
             except StageError as error:
                 if parsed.strict:
                     raise
-                journal.fallback = str(error)
+                journal.abandon(str(error))
             with lock:
                 journal.name = f"graph {len(journals)}"
                 journals.append(journal)
             return gm
 
-        with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit + 64):
-            torch.compile(model, backend=collect, dynamic=dynamic)(*args, **kwargs)
+        compile_alone(model, collect, dynamic)(*args, **kwargs)
         return Report(tuple(journals))
 
     return explained

@@ -7,6 +7,7 @@ reads it through the functions below, so that no pass depends on where it came f
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from torch import fx
 from normfx.torch_internals import fake_mode_of, is_fake, is_module_state
 
 _FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)')
+# The functions of torch itself (`nn.functional.rms_norm`) are not the user's lines.
+_TORCH = os.path.dirname(torch.__file__)
 _MODULE_STEP = re.compile(
     r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\['?([^\]']+)'?\]|\.(\w+)"
 )
@@ -74,7 +77,9 @@ def packet(node: Any) -> torch._ops.OpOverloadPacket | None:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
     target = node.target
-    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else None
+    if not isinstance(target, torch._ops.OpOverload) or target is torch.ops.aten.view.dtype:
+        return None  # a view as another dtype shares its name with views of another shape
+    return target.overloadpacket
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -196,10 +201,10 @@ def parameter_only(graph: fx.Graph) -> set[fx.Node]:
 
 def location(node: fx.Node) -> str:
     """`file:line` of the user's line that made this node, or an empty string."""
-    found = [
-        m for m in map(_FRAME.search, str(node.meta.get("stack_trace") or "").splitlines()) if m
-    ]
-    return f"{found[-1]['file']}:{found[-1]['line']}" if found else ""
+    lines = str(node.meta.get("stack_trace") or "").splitlines()
+    found = [m for m in map(_FRAME.search, lines) if m]
+    users = [m for m in found if not m["file"].startswith(_TORCH)] or found
+    return f"{users[-1]['file']}:{users[-1]['line']}" if users else ""
 
 
 def module_path(node: fx.Node) -> str:

@@ -69,7 +69,7 @@ class Lift:
         """The lifted value of a node that depends on x through known operators, else None."""
         if node in self.values:
             return self.values[node]
-        if not self._depends(node):
+        if not self.depends(node):
             return None
         rule = RULES.get(g.packet(node)) if g.packet(node) is not None else RULES.get(node.target)
         result = None
@@ -80,7 +80,7 @@ class Lift:
         self.values[node] = result
         return result
 
-    def _depends(self, node: fx.Node) -> bool:
+    def depends(self, node: fx.Node) -> bool:
         """Whether x is among the last `REACH` known operators behind a node."""
         if node in self._reaches:
             return self._reaches[node]
@@ -355,14 +355,6 @@ def _power(lift: Lift, node: fx.Node) -> Any:
     return None if result is None else Lifted(result, axes)
 
 
-def _absolute(ring: Ring, a: Poly) -> Poly | None:
-    return a if ring.is_nonnegative(a) else _root_of_square(ring, a)
-
-
-def _root_of_square(ring: Ring, a: Poly) -> Poly | None:
-    return ring.power(ring.mul(a, a), Fraction(1, 2)) if len(a.terms) == 1 else None
-
-
 def _clamp(lift: Lift, node: fx.Node) -> Any:
     named = g.arguments(node)
     low = named.get("min", named.get("other"))
@@ -400,14 +392,18 @@ def _lerp(lift: Lift, node: fx.Node) -> Any:
     return Lifted(a + lift.ring.mul(t, b - a), axes)
 
 
+# A cast to one of these is rounding; to float8 it is quantisation, which is meant to change the
+# numbers.
+_EXACT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
 def _same(lift: Lift, node: fx.Node) -> Any:
     """A cast, a copy, an inactive dropout: the same numbers."""
     if g.packet(node) is aten.dropout and node.args[2]:
         return None
     if g.packet(node) is aten.detach and lift.grad:
         return None
-    held = g.tensor(node)
-    if held is None or not held.is_floating_point() or not isinstance(node.args[0], fx.Node):
+    if g.dtype(node) not in _EXACT_DTYPES or not isinstance(node.args[0], fx.Node):
         return None
     return lift.value_of(node.args[0])
 
@@ -544,12 +540,13 @@ RULES: dict[Any, Rule] = {
     aten.sqrt: _unary(lambda r, a: r.power(a, Fraction(1, 2))),
     aten.rsqrt: _unary(lambda r, a: r.power(a, Fraction(-1, 2))),
     aten.square: _unary(lambda r, a: r.mul(a, a)),
-    aten.abs: _unary(_absolute),
-    aten.absolute: _unary(_absolute),
+    aten.abs: _unary(lambda r, a: r.absolute(a)),
+    aten.absolute: _unary(lambda r, a: r.absolute(a)),
     aten.pow: _power,
     aten.float_power: _power,
     aten.clamp: _clamp,
     aten.clamp_min: _clamp,
+    aten.clip: _clamp,
     aten.maximum: _clamp,
     aten.addcmul: _addcmul,
     aten.addcdiv: _addcmul,

@@ -1,9 +1,13 @@
-"""Live weights: hoisted buffers that follow every update of the parameters they are computed from.
+"""Live weights: hoisted tensors that follow every update of the parameters they are made from.
 
 An in-place update (an optimizer step, `copy_`, `load_state_dict`) bumps a tensor's version;
 `assign=True` hands another tensor to the call; `p.data = t` moves the tensor to other memory. All
-three are compared at every call. `p.data.mul_()` changes none of them: `normfx.refold()` is for
-that.
+three are compared at every call, and memory that was freed since counts as other memory.
+`p.data.mul_()` changes none of them: `normfx.refold()` is for that.
+
+Dynamo runs the same compiled code for every module that its guards admit, so the parameters of a
+call may be those of another model, or of the next block. Each set of parameters has hoisted tensors
+of its own, for as long as its parameters live.
 """
 
 from __future__ import annotations
@@ -21,75 +25,155 @@ _alive: weakref.WeakSet[LiveWeights] = weakref.WeakSet()
 _alive_lock = threading.Lock()
 
 
+class _Entry:
+    """One set of parameters as last seen, and what was made from them.
+
+    Attributes:
+        owners: weak references to the parameters.
+        seen: owner, version and address of each; empty once the memory of one is gone, so that an
+            address that comes back is not mistaken for the old one.
+        hoisted: what was made from them.
+    """
+
+    __slots__ = ("__weakref__", "_storages", "hoisted", "owners", "seen")
+
+    def __init__(self, owners: tuple[Any, ...] = ()) -> None:
+        self.owners = owners
+        self.seen: tuple[tuple[Any, int, int], ...] = ()
+        self.hoisted: tuple[torch.Tensor, ...] = ()
+        self._storages: tuple[Any, ...] = ()
+
+    def look(self, tensors: list[torch.Tensor], *, frozen: bool) -> None:
+        """Remembers the parameters as they are now."""
+        entry = weakref.ref(self)
+
+        def gone(_: object) -> None:
+            held = entry()
+            if held is not None:
+                held.seen = ()
+
+        self._storages = tuple(weakref.ref(t.untyped_storage(), gone) for t in tensors)
+        self.seen = tuple(
+            (owner, 0 if frozen else t._version, t.data_ptr())
+            for owner, t in zip(self.owners, tensors, strict=True)
+        )
+
+    def is_fresh(self, tensors: list[torch.Tensor], *, frozen: bool) -> bool:
+        """Whether these parameters are as they were seen last."""
+        return bool(self.seen) and all(
+            t is owner() and (frozen or (t._version == version and t.data_ptr() == pointer))
+            for t, (owner, version, pointer) in zip(tensors, self.seen, strict=True)
+        )
+
+
 class LiveWeights:
-    """Recomputes the hoisted buffers when a parameter has changed. Safe under threads.
+    """Makes the hoisted inputs of a compiled graph, again after a change. Safe under threads.
 
     Args:
         hoisted: what to compute, and from which arguments of a call.
-        module: the captured graph module, which holds the buffers.
-        frozen: compute once, and never look again.
+        frozen: never look for a change of parameters that were seen before.
     """
 
-    def __init__(self, hoisted: Hoisted, module: torch.nn.Module, *, frozen: bool) -> None:
+    def __init__(self, hoisted: Hoisted, *, frozen: bool) -> None:
         self._compute = hoisted.compute
         self._positions = hoisted.positions
-        self._buffers = [module.get_buffer(name) for name in hoisted.names]
+        self._strides = [value.stride() for value in hoisted.values]
         self._frozen = frozen
-        self._lock = threading.Lock()
-        self._seen: list[tuple[Any, int, int]] = []
+        self._lock = (
+            threading.RLock()
+        )  # a parameter may die, and its entry with it, while it is held
+        self._entries: dict[tuple[int, ...], _Entry] = {}
+        self._last = _Entry()
         with _alive_lock:
             _alive.add(self)
 
     def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled callable behind a check of the parameters among its arguments."""
+        """The compiled callable, with its hoisted inputs made from the parameters of each call."""
         positions, frozen = self._positions, self._frozen
 
         def with_live_weights(*args: Any) -> Any:
-            seen = self._seen
+            entry = self._last
+            seen = entry.seen
             if not seen:
-                self._refresh(args)
-            elif not frozen:
-                # not strict: this runs at every call, and the lengths are equal
-                for index, (reference, version, pointer) in zip(positions, seen, strict=False):
-                    argument = args[index]
-                    if (
-                        argument is not reference()
-                        or argument._version != version
-                        or argument.data_ptr() != pointer
-                    ):
-                        self._refresh(args)
-                        break
-            return call(*args)
+                return call(*args, *self._refreshed(args))
+            # not strict: this runs at every call, and the lengths are equal
+            for index, (owner, version, pointer) in zip(positions, seen, strict=False):
+                argument = args[index]
+                if argument is not owner() or (
+                    not frozen and (argument._version != version or argument.data_ptr() != pointer)
+                ):
+                    return call(*args, *self._refreshed(args))
+            return call(*args, *entry.hoisted)
 
         return with_live_weights
 
     def forget(self) -> None:
-        """Makes the next call recompute everything."""
-        self._seen = []
-
-    def _refresh(self, args: tuple[Any, ...]) -> None:
+        """Makes the next call compute everything again."""
         with self._lock:
-            tensors = [args[index] for index in self._positions]
-            seen = [
-                (weakref.ref(t), 0 if self._frozen else t._version, t.data_ptr()) for t in tensors
-            ]
-            with torch.inference_mode(False), torch.no_grad(), _without_autocast(tensors):
-                for buffer, new in zip(self._buffers, self._compute(*tensors), strict=True):
-                    buffer.copy_(new)
-            self._seen = seen
+            for entry in (self._last, *self._entries.values()):
+                entry.seen = ()
+
+    def _refreshed(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        """The hoisted tensors of these parameters, at the same addresses if they had some."""
+        tensors = [args[index] for index in self._positions]
+        with self._lock:
+            entry = self._entry(tensors)
+            if not entry.is_fresh(tensors, frozen=self._frozen):
+                made = self._run(tensors)
+                if [(t.device, t.dtype) for t in entry.hoisted] == [
+                    (t.device, t.dtype) for t in made
+                ]:
+                    with torch.inference_mode(False), torch.no_grad():
+                        for old, new in zip(entry.hoisted, made, strict=True):
+                            old.copy_(new)
+                else:
+                    entry.hoisted = made
+                entry.look(tensors, frozen=self._frozen)
+            self._last = entry
+            return entry.hoisted
+
+    def _entry(self, tensors: list[torch.Tensor]) -> _Entry:
+        """The entry of these parameters. It goes when one of them does."""
+        key = tuple(map(id, tensors))
+        known = self._entries.get(key)
+        if known is not None and all(o() is t for o, t in zip(known.owners, tensors, strict=True)):
+            return known
+        live = weakref.ref(self)
+
+        def died(_: object) -> None:
+            held = live()
+            if held is not None:
+                with held._lock:
+                    gone = held._entries.pop(key, None)
+                    if held._last is gone:
+                        held._last = _Entry()
+
+        entry = self._entries[key] = _Entry(tuple(weakref.ref(t, died) for t in tensors))
+        return entry
+
+    def _run(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        device = tensors[0].device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            made = self._compute(*tensors)
+            return tuple(
+                tensor if tensor.stride() == stride else _restrided(tensor, stride)
+                for tensor, stride in zip(made, self._strides, strict=True)
+            )
 
 
-def _without_autocast(tensors: list[torch.Tensor]) -> torch.autocast:
-    return torch.autocast(tensors[0].device.type, enabled=False)
+def _restrided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """The same numbers laid out as the compiled code expects them."""
+    laid_out = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return laid_out.copy_(tensor)
 
 
 def refold(*_: torch.nn.Module) -> None:
-    """Makes every compiled graph compute its folded weights again at its next call.
+    """Makes every compiled graph compute its hoisted weights again at its next call.
 
     For updates that no tensor reports: `p.data.mul_(2)`, or a write by another process to shared
-        memory. All others
-    are followed without it.
+    memory. All others are followed without it.
     """
     with _alive_lock:
-        for live in list(_alive):
-            live.forget()
+        living = list(_alive)
+    for live in living:
+        live.forget()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -80,7 +80,11 @@ def _checked_rules(value: Any) -> tuple[str, ...] | None:
 
     if value is None:
         return None
-    if isinstance(value, str) or not all(isinstance(rule, str) for rule in value):
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Iterable)
+        or not all(isinstance(rule, str) for rule in value)
+    ):
         raise OptionError(f"option 'rules': expected a list of rule names, got {value!r}.")
     for rule in value:
         if rule not in RULES:

@@ -24,7 +24,8 @@ from normfx.passes.fold import fold
 from normfx.passes.hoist import Hoisted, hoist
 from normfx.passes.lower import lower
 from normfx.passes.recognise import recognise
-from normfx.record import Journal
+from normfx.record import Journal, Refusal
+from normfx.torch_internals import is_module_state
 
 # Bodies of these operators are functions of their operands, run as they stand: rewriting one keeps
 # its meaning.
@@ -47,6 +48,7 @@ def rewrite(
     journal: Journal,
     *,
     tracked: bool = True,
+    in_body: bool = False,
     observe: Observer | None = None,
 ) -> Rewritten:
     """Runs every stage on dynamo's graph.
@@ -56,27 +58,34 @@ def rewrite(
         options: the switches.
         journal: gets every decision and the seconds of every stage.
         tracked: whether changes of the parameters can be noticed (or need not be).
+        in_body: whether this is the body of an operator, whose operands are not known to be
+            parameters.
         observe: called with the name of each stage and its graph, for tests and diffs.
 
     Raises:
         StageError: a stage failed; its cause is what the stage raised.
     """
     journal.training = grad = wants_grad(gm)
-    watch = observe or (lambda stage, module: None)
+
+    def watch(stage: str, module: fx.GraphModule) -> None:
+        if observe is not None:
+            module.recompile()  # so that what is seen can be run
+            observe(stage, module)
+
     with _stage("capture", journal):
         captured = capture(gm)
     journal.nodes = len(captured.graph.nodes)
     watch("capture", captured)
     with _stage("recognise", journal):
-        _bodies(captured, options, journal, watch)
+        _bodies(captured, options, journal)
         recognise(captured, journal, grad=grad)
     watch("recognise", captured)
     with _stage("fold", journal):
-        fold(captured, options, grad=grad, tracked=tracked)
+        fold(captured, options, blocked=_blocked(grad, tracked, in_body))
     watch("fold", captured)
     hoisted = None
     with _stage("hoist", journal):
-        if not grad and tracked and options.allows("hoist"):
+        if not _blocked(grad, tracked, in_body) and options.allows("hoist"):
             hoisted = hoist(captured, journal)
     watch("hoist", captured)
     with _stage("lower", journal):
@@ -87,15 +96,28 @@ def rewrite(
     return Rewritten(captured, hoisted)
 
 
+def _blocked(grad: bool, tracked: bool, in_body: bool) -> Refusal | None:
+    """Why nothing may be folded or hoisted in a graph, if so."""
+    if grad:
+        return Refusal.NEEDS_GRAD
+    if in_body:
+        return Refusal.IN_BODY
+    return None if tracked else Refusal.NOT_TRACKED
+
+
 def wants_grad(gm: fx.GraphModule) -> bool:
     """Whether autograd will differentiate this graph: grad mode is on, some input wants it."""
-    if not torch.is_grad_enabled():
+    switched_on = any(
+        getattr(node.target, "__name__", "") == "_set_grad_enabled" and node.args[:1] == (True,)
+        for node in gm.graph.nodes
+    )
+    if not torch.is_grad_enabled() and not switched_on:
         return False
     held = [g.tensor(node) for node in gm.graph.find_nodes(op="placeholder")]
     return any(t is not None and t.requires_grad for t in held)
 
 
-def _bodies(gm: fx.GraphModule, options: Options, journal: Journal, watch: Observer) -> None:
+def _bodies(gm: fx.GraphModule, options: Options, journal: Journal) -> None:
     """Runs the stages on bodies that may be rewritten inside (activation checkpoints)."""
     for node in gm.graph.nodes:
         if getattr(node.target, "__name__", "") not in _TRANSPARENT_BODIES:
@@ -106,7 +128,7 @@ def _bodies(gm: fx.GraphModule, options: Options, journal: Journal, watch: Obser
             )
             if isinstance(body, fx.GraphModule):
                 inner = Journal()
-                rewritten = rewrite(body, options, inner, tracked=False)
+                rewritten = rewrite(body, options, inner, in_body=True)
                 gm.add_submodule(str(argument.target), rewritten.module)
                 journal.sites += inner.sites
                 journal.near_misses += inner.near_misses
@@ -124,6 +146,11 @@ def _stage(name: str, journal: Journal) -> Iterator[None]:
         journal.stages[name] = journal.stages.get(name, 0.0) + time.perf_counter() - start
 
 
-def weights_are_tracked(example_inputs: list[Any]) -> bool:
-    """Whether every input reports its changes: tensors made in inference mode do not."""
-    return not any(isinstance(t, torch.Tensor) and t.is_inference() for t in example_inputs)
+def weights_are_tracked(gm: fx.GraphModule, example_inputs: list[Any]) -> bool:
+    """Whether every parameter reports its changes: tensors made in inference mode do not."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return not any(
+        isinstance(given, torch.Tensor) and given.is_inference()
+        for node, given in zip(placeholders, example_inputs, strict=True)
+        if is_module_state(node)
+    )

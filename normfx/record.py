@@ -23,11 +23,8 @@ class Refusal(enum.Enum):
     VIEW_MIXES_DIMS = "view-mixes-dims"
     OPERATOR_LAW = "operator-law"
     SYMBOLIC_CORRECTION = "symbolic-correction"
-    TWO_EPS = "two-eps"
     MUTATED = "mutation-between"
     GRAD_MODE = "grad-mode-differs"
-    SHAPE_UNKNOWN = "shape-unknown"
-    NOT_CAPTURED = "not-captured"
     # rules
     EXTRA_USER = "extra-user"
     NOT_LINEAR = "reader-not-linear"
@@ -38,8 +35,9 @@ class Refusal(enum.Enum):
     DIM_NOT_LAST = "dim-not-last"
     NOT_AFFINE = "no-affine"
     RULE_OFF = "rule-off"
-    DTYPE = "dtype-differs"
     NOT_TRACKED = "weight-not-tracked"
+    RANGE = "range-too-small"
+    IN_BODY = "inside-a-body"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +85,6 @@ REFUSALS: dict[Refusal, Explanation] = {
         "An unbiased variance over a dim whose size is symbolic.",
         "Mark that dim static.",
     ),
-    Refusal.TWO_EPS: Explanation(
-        "One eps stands under the root and another one outside.",
-        "Use one eps.",
-    ),
     Refusal.MUTATED: Explanation(
         "A value of the region is written to in place between its first use and the norm's result.",
         "Use the out-of-place operator.",
@@ -98,14 +92,6 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.GRAD_MODE: Explanation(
         "Part of the region is computed without gradients and part of it with.",
         "Compute all of it in the same grad mode.",
-    ),
-    Refusal.SHAPE_UNKNOWN: Explanation(
-        "The shape or dtype of a value is not known.",
-        "Nothing to do; the graph runs unchanged.",
-    ),
-    Refusal.NOT_CAPTURED: Explanation(
-        "The norm is in a part of the graph that is carried through without being read.",
-        "Nothing to do; the graph runs unchanged.",
     ),
     Refusal.EXTRA_USER: Explanation(
         "The norm's result is also read as it is: by the output, a residual or another operator.",
@@ -134,9 +120,13 @@ REFUSALS: dict[Refusal, Explanation] = {
     ),
     Refusal.NOT_AFFINE: Explanation("The norm has no weight and no bias.", "Nothing to do."),
     Refusal.RULE_OFF: Explanation("The rule is switched off.", "See the option `rules`."),
-    Refusal.DTYPE: Explanation(
-        "The result would have another dtype than the reader expects.",
-        "Keep the norm and its reader in one dtype.",
+    Refusal.RANGE: Explanation(
+        "A reader's weight is float16: the product with the norm's weight could exceed its range.",
+        "Use bfloat16 or float32.",
+    ),
+    Refusal.IN_BODY: Explanation(
+        "The norm is in the body of an operator (a checkpoint), where weights are operands.",
+        "Run inference without the checkpoint.",
     ),
     Refusal.NOT_TRACKED: Explanation(
         "A parameter was made in inference mode, so changes to it cannot be noticed.",
@@ -246,3 +236,9 @@ class Journal:
     hoisted: int = 0
     fallback: str = ""
     training: bool = False
+
+    def abandon(self, cause: str) -> None:
+        """Forgets what was decided, since the graph is left to Inductor as it was."""
+        self.fallback = cause
+        self.sites, self.near_misses = [], []
+        self.hoisted = self.folded_bytes = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 import threading
 from collections.abc import Iterable
@@ -117,7 +118,7 @@ def _site(site: Site) -> dict[str, Any]:
         "name": site.name,
         "kind": site.kind,
         "dims": list(site.dims),
-        "eps": site.eps,
+        "eps": site.eps if site.eps is None or math.isfinite(site.eps) else str(site.eps),
         "dtype": site.dtype,
         "weight": site.weight,
         "bias": site.bias,

@@ -6,6 +6,7 @@ torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeGuard
@@ -13,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -137,6 +138,48 @@ def tracing_context() -> ExitStack:
     stack = ExitStack()
     stack.enter_context(fx_traceback.preserve_node_meta())
     return stack
+
+
+def copy_graph_meta(new: fx.GraphModule, old: fx.GraphModule) -> None:
+    """Gives a captured graph what tells AOTAutograd that it is dynamo's.
+
+    AOTAutograd then reads the metadata of its placeholders. Without it no input counts as static,
+    and CUDA graphs copy every parameter at every call.
+    """
+    new.meta.update(old.meta)
+    sources = getattr(old, "_param_name_to_source", {})
+    new._param_name_to_source = sources  # type: ignore  # AOTAutograd reads it
+
+
+def mark_static(placeholder: fx.Node) -> None:
+    """Marks an input of our own as static, as dynamo marks parameters."""
+    placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    placeholder._dynamo_source = None  # type: ignore  # AOTAutograd reads it
+
+
+def compile_alone(model: Any, backend: Any, dynamic: bool | None) -> Any:
+    """torch.compile, so that what is compiled does not count towards the recompile limit of others.
+
+    Before torch 2.12 it does: dynamo then stops after some eight calls on one model.
+    """
+    settings: Any = {"isolate_recompiles": True}
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        settings = {}
+    return torch.compile(model, backend=backend, dynamic=dynamic, **settings)
+
+
+def fakes_for_aot(values: Any) -> list[Any]:
+    """Fake tensors like these in the fake mode that AOTAutograd will trace under."""
+    context = TracingContext.try_get()
+    mode = (
+        context.fake_mode
+        if context is not None and context.fake_mode is not None
+        else FakeTensorMode()
+    )
+    with mode:
+        return [
+            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values
+        ]
 
 
 def inductor_settings(

@@ -87,6 +87,8 @@ def _with_affine(
         or any(lift.ring.atoms[i].kind != "opaque" for i in outside.atoms())
     ):
         return None
+    if has_bias and not outside.atoms():
+        return None  # a number is no bias
     static = all(
         lift.ring.atoms[i].key in facts.constant for i in (factor.atoms() | outside.atoms())
     )

@@ -43,6 +43,19 @@ class Facts:
             self.constant.add(made)
         return made
 
+    def number(self, number: float, like: fx.Node) -> fx.Node:
+        """A 0-d constant before a node, in that node's dtype and on its device."""
+        held = g.tensor(like)
+        assert held is not None
+        settings = {"dtype": held.dtype, "device": held.device}
+        with self.graph.inserting_before(like):
+            made = self.graph.call_function(torch.ops.aten.full.default, ([], number), settings)
+        with g.fake_mode(like), torch.no_grad():
+            made.meta["val"] = torch.ops.aten.full.default([], number, **settings)
+        self.order[made] = self.order[like]
+        self.constant.add(made)
+        return made
+
     def unsafe(
         self, node: fx.Node, inputs: list[fx.Node], region: list[fx.Node]
     ) -> tuple[Refusal, fx.Node] | None:

@@ -82,21 +82,19 @@ class Refused:
     node: fx.Node
 
 
-def fold(gm: fx.GraphModule, options: Options, *, grad: bool, tracked: bool) -> None:
+def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
     """Folds the affine part of every canonical norm whose readers are all linear.
 
     Args:
         gm: a graph with canonical nodes; changed in place.
         options: says whether the rule may run.
-        grad: whether gradients flow; then nothing is folded, since the product would be computed in
-            every step.
-        tracked: whether changes of the parameters can be noticed.
+        blocked: why nothing may be folded in this graph (gradients flow, say), or None.
 
     Every norm of an activation gets one record.
 
     Refuses:
-        no-affine, rule-off, needs-grad, weight-not-tracked, affine-not-constant, dim-not-last,
-        no-reader, extra-user, reader-not-linear, weight-not-constant, dtype-differs.
+        no-affine, rule-off, needs-grad, inside-a-body, weight-not-tracked, affine-not-constant,
+        dim-not-last, no-reader, extra-user, reader-not-linear, weight-not-constant, dtype-differs.
     """
     constant = g.parameter_only(gm.graph)
     written = g.written_storages(gm.graph)
@@ -106,7 +104,7 @@ def fold(gm: fx.GraphModule, options: Options, *, grad: bool, tracked: bool) -> 
         ):  # a standardised weight: hoist takes all of it
             continue
         site = node.meta["normfx_site"]
-        plan = _check(node, constant, written, options, grad=grad, tracked=tracked)
+        plan = _check(node, constant, written, options, blocked=blocked)
         if isinstance(plan, Refused):
             record = Record("fold", RULE, False, plan.code, plan.node.name, g.location(plan.node))
         else:
@@ -122,22 +120,18 @@ def _check(
     written: set[int | None],
     options: Options,
     *,
-    grad: bool,
-    tracked: bool,
+    blocked: Refusal | None,
 ) -> list[Reader] | Refused:
     if node.args[1] is None and node.args[2] is None:
         return Refused(Refusal.NOT_AFFINE, node)
     if not options.allows(RULE):
         return Refused(Refusal.RULE_OFF, node)
-    if grad:
-        return Refused(Refusal.NEEDS_GRAD, node)
-    if not tracked:
-        return Refused(Refusal.NOT_TRACKED, node)
+    if blocked is not None:
+        return Refused(blocked, node)
     spec: Any = node.kwargs["spec"]
     rank: Any = node.kwargs["rank"]
-    sizes = g.shape(node)
-    if sizes is None or g.storage(node) in written:
-        return Refused(Refusal.MUTATED if sizes else Refusal.SHAPE_UNKNOWN, node)
+    if g.storage(node) in written:
+        return Refused(Refusal.MUTATED, node)
     operands: Any = node.args[1:3]
     for operand in operands:
         if operand is None:
@@ -255,6 +249,8 @@ def _reader(source: fx.Node, user: fx.Node, constant: set[fx.Node]) -> Reader | 
         return Refused(Refusal.NOT_LINEAR, user)
     if reader.weight not in constant or (reader.bias is not None and reader.bias not in constant):
         return Refused(Refusal.WEIGHT_NOT_CONSTANT, user)
+    if g.dtype(reader.weight) is torch.float16:
+        return Refused(Refusal.RANGE, user)
     if len(g.shape(reader.weight) or ()) != 2:
         return Refused(Refusal.NOT_LINEAR, user)
     if reader.bias is not None and len(g.shape(reader.bias) or ()) != 1:

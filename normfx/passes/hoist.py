@@ -1,9 +1,10 @@
 """Hoist: computations that read only parameters and buffers leave the graph.
 
-What they compute becomes buffers of the captured graph (Inductor sees static inputs). A second
-graph computes the buffers from the parameters; `live.LiveWeights` runs it before the first call and
-after every change of a parameter.
-Only without gradients: with them, the computation must stay where autograd sees it.
+What they compute becomes further inputs of the captured graph, marked static as parameters are. A
+second graph makes them from the parameters; `live.LiveWeights` runs it before the first call and
+after every change of a parameter. Inputs and not buffers, because dynamo reuses compiled code for
+another module of the same class (a second model, the next block): each then has hoisted tensors of
+its own. Only without gradients: with them, the computation must stay where autograd sees it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.record import Journal
+from normfx.torch_internals import mark_static
 
 aten = torch.ops.aten
 
@@ -54,29 +56,29 @@ MAX_GROWTH = 4
 
 @dataclass(frozen=True, slots=True)
 class Hoisted:
-    """The graph that computes the buffers, and where its inputs are found.
+    """The graph that makes the new inputs, and where it finds its own.
 
     Attributes:
-        compute: from the parameters at `positions` to the new values of the buffers.
-        positions: indices of the captured graph's inputs.
-        names: names of the buffers on the captured graph module, in the order of `compute`'s
-            results.
+        compute: from the parameters at `positions` to the new inputs, in order.
+        positions: indices of the inputs that the captured graph had before.
+        values: what the new inputs look like (fake tensors).
     """
 
     compute: fx.GraphModule
     positions: tuple[int, ...]
-    names: tuple[str, ...]
+    values: tuple[torch.Tensor, ...]
 
 
 def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
     """Moves every parameter-only computation out of the graph.
 
     Args:
-        gm: a graph without gradients; changed in place.
-        journal: gets the number of buffers and their bytes.
+        gm: a graph without gradients; changed in place: it gets one more input for each hoisted
+            value.
+        journal: gets the number of hoisted tensors and their bytes.
 
     Returns:
-        What computes the buffers, or None if there is nothing to hoist.
+        What makes the new inputs, or None if there is nothing to hoist.
     """
     graph = gm.graph
     constant = g.parameter_only(graph)
@@ -84,44 +86,49 @@ def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
     if not targets:
         return None
     placeholders = list(graph.find_nodes(op="placeholder"))
+    needed = _behind(targets)
+    compute = _copied(gm, needed, targets)
+    last = placeholders[-1]
+    values = []
+    for index, node in enumerate(targets):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"normfx_hoisted_{index}")
+        g.inherit_meta(last, node)
+        mark_static(last)
+        node.replace_all_uses_with(last, propagate_meta=False)
+        held = g.tensor(node)
+        assert held is not None
+        values.append(held)
+        journal.folded_bytes += held.numel() * held.element_size()
+    journal.hoisted = len(targets)
+    positions = tuple(i for i, node in enumerate(placeholders) if node in needed)
+    g.erase_dead([n for n in needed if n.op == "call_function"], graph)
+    return Hoisted(compute, positions, tuple(values))
+
+
+def _copied(gm: fx.GraphModule, needed: set[fx.Node], targets: list[fx.Node]) -> fx.GraphModule:
+    """A graph module of its own for these nodes."""
     compute = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    needed = _behind(targets)
-    positions = [i for i, node in enumerate(placeholders) if node in needed]
-    for node in graph.nodes:
+    for node in gm.graph.nodes:
         if node in needed:
             copies[node] = compute.node_copy(node, lambda n: copies[n])
     compute.output(tuple(copies[node] for node in targets))
-    module = fx.GraphModule(gm, compute)
-    names = []
-    for index, node in enumerate(targets):
-        name = f"_normfx_hoisted_{index}"
-        held = g.tensor(node)
-        assert held is not None
-        with torch.inference_mode(False):
-            real = torch.empty(tuple(held.shape), dtype=held.dtype, device=held.device)
-        gm.register_buffer(name, real)
-        with graph.inserting_before(node):
-            buffer = graph.get_attr(name)
-        g.inherit_meta(buffer, node)
-        node.replace_all_uses_with(buffer, propagate_meta=False)
-        names.append(name)
-        journal.folded_bytes += real.numel() * real.element_size()
-    journal.hoisted = len(names)
-    g.erase_dead([n for n in needed if n.op == "call_function"], graph)
-    return Hoisted(module, tuple(positions), tuple(names))
+    return fx.GraphModule(gm, compute)
 
 
 def _targets(graph: fx.Graph, constant: set[fx.Node]) -> list[fx.Node]:
     """The computed values that the rest of the graph reads, in order."""
     found: dict[fx.Node, None] = {}
+    # what the caller gets may be written to, and is the caller's: it is made anew at every call
+    returned = {_computed(node) for node in graph.output_node().all_input_nodes if node in constant}
     for node in graph.nodes:
         if node not in constant or node.op != "call_function":
             continue
         if all(user in constant for user in node.users):
             continue
         base = _computed(node)
-        if base is not None and base not in found and _is_hoistable(base):
+        if base is not None and base not in found and base not in returned and _is_hoistable(base):
             found[base] = None
     return [node for node in graph.nodes if node in found]
 

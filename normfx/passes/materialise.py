@@ -28,6 +28,11 @@ def can_be_made(lift: Lift, poly: Poly) -> bool:
 
 def materialise(facts: Facts, lift: Lift, poly: Poly, before: fx.Node) -> Any:
     """A polynomial of opaque operands as a node: an operand itself, or the sum that it is."""
+    total = _sum_of(facts, lift, poly, before)
+    return total if isinstance(total, fx.Node) else facts.number(total, before)
+
+
+def _sum_of(facts: Facts, lift: Lift, poly: Poly, before: fx.Node) -> Any:
     total: Any = None
     for monomial, coefficient in poly.terms.items():
         term: Any = float(coefficient)

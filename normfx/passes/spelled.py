@@ -117,6 +117,8 @@ def spelled(facts: Facts, reduction: fx.Node) -> Found:
             continue
         lift = Lift(x, frozenset(dims), facts.order, grad=facts.grad)
         if lift.value_of(reduction) is None:
+            if lift.stuck is not None and lift.stuck.law == "symbolic-correction":
+                missed = Found([], [reduction], _miss(lift, reduction))
             continue
         matches, rooted = _forward(facts, lift, reduction)
         region = [n for n, v in lift.values.items() if v is not None and n is not x]
@@ -176,6 +178,7 @@ def _origin(node: fx.Node) -> fx.Node:
         aten.contiguous,
         aten.alias,
         aten.abs,
+        aten.neg,
     ):
         source = node.args[0]
         if not isinstance(source, fx.Node):
@@ -202,38 +205,44 @@ def _is_mean_of(mean: fx.Node, x: fx.Node) -> bool:
 def _forward(
     facts: Facts, lift: Lift, reduction: fx.Node
 ) -> tuple[list[tuple[fx.Node, Form]], fx.Node | None]:
-    """The first values after a statistic that are norms, and the first root taken of it."""
+    """The first values after a statistic that are norms, and where a root of it meets x."""
     matches: list[tuple[fx.Node, Form]] = []
+    uncentred: list[tuple[fx.Node, Form]] = []
     rooted: fx.Node | None = None
+    scaled: fx.Node | None = None
     heap = [(facts.order[reduction], reduction)]
     seen = {reduction}
-    identity = tuple(range(lift.rank))
-    x_shape = [str(s) for s in g.shape(lift.x) or ()]
     while heap and len(seen) < MAX_VISITED:
         _, node = heapq.heappop(heap)
         value = lift.value_of(node)
         if value is None:
             continue
         if isinstance(value, Lifted):
-            if rooted is None and _has_root(lift, value.poly):
-                rooted = node
+            if _has_root(lift, value.poly):
+                rooted = rooted or node
+                if scaled is None and any(lift.ring.atoms[i].has_x for i in value.poly.atoms()):
+                    scaled = node
             if len(value.poly.terms) > MAX_TERMS or _too_wide(facts, lift, value.poly):
                 continue
-            full = [str(s) for s in g.shape(node) or ()] == x_shape
-            if full and all(a in (None, i) for i, a in enumerate(value.axes)):
-                form = (
-                    classify(lift.ring, value.poly)
-                    if _full_axes(value.axes, identity, lift)
-                    else None
-                )
-                if form is not None:
-                    matches.append((node, form))
-                    continue
+            form = classify(lift.ring, value.poly) if _is_like_x(lift, node, value) else None
+            if form is not None and form.denominator.variance and not form.centre:
+                uncentred.append((node, form))  # perhaps a part of a norm multiplied out
+            elif form is not None:
+                matches.append((node, form))
+                continue
         for user in node.users:
             if user not in seen and user in facts.order and user.op == "call_function":
                 seen.add(user)
                 heapq.heappush(heap, (facts.order[user], user))
-    return matches, rooted
+    return matches or uncentred[:1], scaled or rooted
+
+
+def _is_like_x(lift: Lift, node: fx.Node, value: Lifted) -> bool:
+    """Whether a value has the shape of x, each dim standing for the axis of x at its place."""
+    sizes = g.shape(lift.x) or ()
+    if str(g.shape(node)) != str(sizes):
+        return False
+    return all(a == i or str(sizes[i]) == "1" for i, a in enumerate(value.axes))
 
 
 def _too_wide(facts: Facts, lift: Lift, poly: Poly) -> bool:
@@ -261,9 +270,9 @@ def _core(
             stats = torch.float64
     n = lift.count().constant()
     eps_poly, weight_poly, bias_poly = lift.settled(denominator.eps), form.weight, form.bias
-    if eps_poly is None or not all(
-        can_be_made(lift, p) for p in (eps_poly, weight_poly, bias_poly)
-    ):
+    if eps_poly is None or not _is_given(facts, lift, eps_poly):
+        return None
+    if not all(can_be_made(lift, p) for p in (eps_poly, weight_poly, bias_poly)):
         return None
     number = evaluate(ring, eps_poly)
     eps = None if number is not None else materialise(facts, lift, eps_poly, node)
@@ -284,6 +293,15 @@ def _core(
     return Core(_presented(spec, n, tensor_eps=eps is not None), lift.x, weight, bias, eps)
 
 
+def _is_given(facts: Facts, lift: Lift, eps: Poly) -> bool:
+    """Whether an eps is one: numbers, parameters, single numbers, but nothing made from x."""
+    keys = [lift.ring.atoms[i].key for i in eps.atoms() if lift.ring.atoms[i].kind == "opaque"]
+    return all(
+        key in facts.constant or (str(g.shape(key)) == "()" and not lift.depends(key))
+        for key in keys
+    )
+
+
 def _has_root(lift: Lift, poly: Poly) -> bool:
     """Whether a root of a moment occurs in a value."""
     for monomial in poly.terms:
@@ -294,11 +312,6 @@ def _has_root(lift: Lift, poly: Poly) -> bool:
             if atom.base is not None and _has_root(lift, atom.base):
                 return True
     return False
-
-
-def _full_axes(axes: tuple[int | None, ...], identity: tuple[int, ...], lift: Lift) -> bool:
-    sizes = g.shape(lift.x) or ()
-    return all(a == i or str(sizes[i]) == "1" for i, a in zip(identity, axes, strict=True))
 
 
 def _presented(spec: NormSpec, n: Fraction | None, *, tensor_eps: bool) -> NormSpec:
