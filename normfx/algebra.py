@@ -234,9 +234,8 @@ class Ring:
             elif e % 2 == 0:  # (a^2)^q = |a|^(2q)
                 square = Poly({((index, 2),): Fraction(1)})
                 factor = self._compound(square, Fraction(e, 2) * exponent, nonnegative=True)
-            elif (
-                unproved == 1
-            ):  # a root of one odd power: where it is defined at all, a is positive
+            elif unproved == 1 and self.atoms[index].kind == "compound":
+                # a root of 1/Q is defined only where Q is positive, and so is the power of Q
                 factor = Poly({((index, _whole(e * exponent)),): Fraction(1)})
             if result is None or factor is None:
                 return None

@@ -12,7 +12,6 @@ them here.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -85,7 +84,7 @@ class _Capture(fx.Interpreter):
         ):
             setattr(tracer().root, str(n.target), body)
             return _Verbatim(tracer().create_proxy("get_attr", n.target, (), {}, name=n.name))
-        if n not in self._verbatim:
+        if n not in self._verbatim and not self._reads_verbatim(n):
             last = next(iter(reversed(tracer().graph.nodes)), None)
             try:
                 if self._replays.covers(n, self.env):
@@ -98,9 +97,16 @@ class _Capture(fx.Interpreter):
         with fx_traceback.set_current_meta(n):
             return self._carry(n)
 
+    def _reads_verbatim(self, n: fx.Node) -> bool:
+        return any(isinstance(self.env.get(i), _Verbatim) for i in n.all_input_nodes)
+
     def _carry(self, n: fx.Node) -> Any:
         def proxy(value: Any) -> Any:
-            return value.proxy if isinstance(value, _Verbatim) else proxy_of(value)
+            if isinstance(value, _Verbatim):
+                return value.proxy
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(proxy, value))
+            return proxy_of(value)
 
         args = map_aggregate(n.args, lambda a: proxy(self.env[a]) if isinstance(a, fx.Node) else a)
         kwargs = map_aggregate(
@@ -144,9 +150,6 @@ def verbatim_nodes(graph: fx.Graph) -> set[fx.Node]:
             found.add(node)
         if name.endswith("_decrement_nesting"):
             depth -= 1
-    for node in graph.nodes:  # the parts of a verbatim tuple
-        if node.op == "call_function" and node.target is operator.getitem and node.args[0] in found:
-            found.add(node)
     return found
 
 

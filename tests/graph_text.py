@@ -31,7 +31,7 @@ def stages_of(
             gm,
             Options.parse({"rules": rules}),
             journals[0],
-            tracked=weights_are_tracked(example_inputs),
+            tracked=weights_are_tracked(gm, example_inputs),
             observe=observe,
         )
         return gm
