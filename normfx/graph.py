@@ -109,26 +109,40 @@ def permutation(node: fx.Node, rank: int) -> list[int]:
 
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose storage this node writes to, as its schema declares."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+    """The nodes whose storage this node may write to; all of its inputs where nothing is known."""
+    target: Any = node.target
+    if node.op == "call_method":
+        return list(node.all_input_nodes) if target.endswith("_") else []
+    if node.op != "call_function":
         return []
+    if not isinstance(target, torch._ops.OpOverload):
+        return list(node.all_input_nodes) if _may_write(target) else []
     if not target._schema.is_mutable and target.overloadpacket not in _WRITES_BUFFERS:
         return []
     written = []
     for position, argument in enumerate(target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            given = (
+            given: Any = (
                 node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
             )
-            written += [
-                a
-                for a in (given if isinstance(given, (list, tuple)) else [given])
-                if isinstance(a, fx.Node)
-            ]
+            several = given if isinstance(given, (list, tuple)) else [given]
+            written += [a for a in several if isinstance(a, fx.Node)]
     if target.overloadpacket in _WRITES_BUFFERS:
         written += _running_statistics(node)
     return written
+
+
+# Operators with bodies that are functions of their operands. Others (a Triton kernel) may write.
+_FUNCTIONAL_BODIES = frozenset(
+    {"tag_activation_checkpoint", "invoke_subgraph", "cond", "flex_attention", "scan", "map_impl"}
+)
+
+
+def _may_write(target: Any) -> bool:
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return target.__name__ not in _FUNCTIONAL_BODIES
+    home = str(getattr(target, "__module__", "")).partition(".")[0]
+    return home not in ("torch", "normfx", "_operator", "builtins", "math")
 
 
 # Composite operators whose schema hides that they update running statistics in training.
@@ -144,16 +158,6 @@ def _running_statistics(node: fx.Node) -> list[fx.Node]:
     ]
 
 
-def is_opaque_call(node: fx.Node) -> bool:
-    """Whether nothing is known of what a call does to its arguments."""
-    if node.op in ("placeholder", "get_attr", "output"):
-        return False
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return False
-    return target not in (operator.getitem,) and getattr(target, "__module__", "") != "normfx.ops"
-
-
 def written_storages(graph: fx.Graph) -> set[int | None]:
     """The storages that some node of the graph writes to."""
     return {storage(argument) for node in graph.nodes for argument in mutated_arguments(node)}
@@ -165,7 +169,10 @@ def state_placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [
         node
         for node in graph.find_nodes(op="placeholder")
-        if is_module_state(node) and is_fake(value(node)) and storage(node) not in written
+        if is_module_state(node)
+        and is_fake(value(node))
+        and storage(node) is not None
+        and storage(node) not in written
     ]
 
 
@@ -180,6 +187,9 @@ def is_pure(node: fx.Node) -> bool:
     return target is operator.getitem or (spec is not None and spec.statistic != "batch")
 
 
+_UNDEFINED = frozenset({torch.ops.aten.empty, torch.ops.aten.empty_strided, None})
+
+
 def parameter_only(graph: fx.Graph) -> set[fx.Node]:
     """The nodes whose value depends on parameters, buffers and constants alone, and these too.
 
@@ -188,13 +198,13 @@ def parameter_only(graph: fx.Graph) -> set[fx.Node]:
     written = written_storages(graph)
     state = set(state_placeholders(graph))
     for node in graph.nodes:
-        if node.op == "get_attr" and tensor(node) is not None:
+        if node.op == "get_attr" and tensor(node) is not None and storage(node) not in written:
             state.add(node)
         elif is_pure(node) and storage(node) not in written:
             inputs = node.all_input_nodes
             if inputs and all(i in state for i in inputs):
                 state.add(node)
-            elif not inputs and isinstance(value(node), torch.Tensor):  # arange, full, zeros
+            elif not inputs and packet(node) not in _UNDEFINED:  # arange, full, zeros
                 state.add(node)
     return state
 

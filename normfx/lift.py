@@ -120,7 +120,7 @@ class Lift:
         if isinstance(held, torch.SymInt):
             return Lifted(self.symbol(held), ())
         sizes = g.shape(argument)
-        if sizes is None or not (held.is_floating_point() or not sizes):
+        if sizes is None or not (held.is_floating_point() or (not sizes and not held.is_complex())):
             return None
         if len(sizes) > rank:
             return None

@@ -1,0 +1,147 @@
+"""Runs normfx on a zoo of model families and writes the tables of docs/zoo.md.
+
+    python -m benchmarks.zoo --zoo ../shared/zoo                                   # all families,
+    rewritten graphs run eagerly python -m benchmarks.zoo --zoo ../shared/zoo --lowering inductor
+    --families gpt2,vit
+
+A zoo is a folder with `zoo.py` (models and inputs), `run_zoo.py` (the comparison with eager and
+float64), `families.json` and `zoo_truth.json` (the norm calls that eager executes). Each family
+runs in a process of its own, with `strict`, so that a stage that fails counts as a crash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+
+def run_family(family: str, lowering: str) -> dict[str, Any]:
+    """One family's row of the zoo's own comparison, with what normfx reports."""
+    import torch
+
+    import normfx
+
+    compare = importlib.import_module("run_zoo")
+    if lowering == "inductor":  # random numbers as eager draws them
+        torch._inductor.config.fallback_random = True
+    options = {"lowering": lowering, "strict": True}
+    row = compare.run_family(
+        family, "normfx", "normfx.reports:recognised", options=options, contract=True
+    )
+    row["report"] = json.loads(normfx.report().to_json())
+    return row
+
+
+def by_kind(rows: dict[str, Any]) -> list[str]:
+    """The table of norms by kind: how many, how spelled, what was done and why not."""
+    calls: Counter[str] = Counter()
+    spelled: Counter[str] = Counter()
+    rewritten: Counter[str] = Counter()
+    refused: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    misses: Counter[str] = Counter()
+    for row in rows.values():
+        for graph in row.get("report", {"graphs": []})["graphs"]:
+            misses.update(miss["code"] for miss in graph["near_misses"])
+            for site in graph["sites"]:
+                kind = site["kind"]
+                calls[kind] += 1
+                spelled[kind] += site["origin"] == "algebra"
+                rewritten[kind] += bool(site["actions"])
+                refused[kind].update(set(site["refusals"]))
+    lines = [
+        "| kind | norms | spelled out | affine folded | not folded, by code |",
+        "|---|--:|--:|--:|---|",
+    ]
+    for kind, count in calls.most_common():
+        codes = ", ".join(f"{code} {n}" for code, n in refused[kind].most_common())
+        lines.append(f"| {kind} | {count} | {spelled[kind]} | {rewritten[kind]} | {codes} |")
+    total = sum(calls.values())
+    lines.append(f"| all | {total} | {sum(spelled.values())} | {sum(rewritten.values())} | |")
+    near = ", ".join(f"{code} {n}" for code, n in misses.most_common())
+    return [*lines, "", f"Near misses, by code: {near or 'none'}."]
+
+
+def summary(rows: dict[str, Any], truth: dict[str, Any]) -> list[str]:
+    """The verdicts: right and wrong answers, the numerics contract, norms found."""
+    status = Counter(row.get("status", "crashed") for row in rows.values())
+    contract = Counter(row.get("contract", "not run") for row in rows.values())
+    found = sum(row.get("recognised") or 0 for row in rows.values())
+    visible = sum(truth[f].get("visible", truth[f]["calls"]) for f in rows)
+    lines = [
+        f"- {len(rows)} families: " + ", ".join(f"{n} {what}" for what, n in status.most_common()),
+        "- error against float64 at most twice eager's, or two units in the last place: "
+        + ", ".join(f"{what} {n}" for what, n in contract.most_common()),
+        f"- norms recognised: {found}; calls of norm modules in dynamo's graphs: {visible}",
+    ]
+    for family, row in sorted(rows.items()):
+        if row.get("status") != "ok":
+            why = row.get("error") or f"{row.get('contract')} in {row.get('worst')}"
+            lines.append(f"- {family}: {row.get('status')}: {why.splitlines()[0][:160]}")
+    return lines
+
+
+def per_family(rows: dict[str, Any], truth: dict[str, Any]) -> list[str]:
+    """One line a family."""
+    lines = [
+        "| family | norms found | module calls in graphs | graphs | error / eager's | seconds |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for family, row in sorted(rows.items()):
+        calls = truth[family].get("visible", truth[family]["calls"])
+        ratio = "-"
+        if row.get("eager_error64"):
+            ratio = f"{row['error64'] / row['eager_error64']:.2f}"
+        lines.append(
+            f"| {family} | {row.get('recognised')} | {calls} | {row.get('graphs')} | {ratio}"
+            f" | {row.get('seconds')} |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Runs the families and prints the tables; exit status 1 if one is wrong or crashed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--zoo", type=Path, required=True)
+    parser.add_argument("--families", help="names, with commas between; all by default")
+    parser.add_argument("--lowering", default="eager", choices=("eager", "inductor"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=600)
+    parser.add_argument("--out", type=Path, help="write the rows here, as JSON")
+    parser.add_argument("--page", type=Path, help="write the tables here, as Markdown")
+    asked = parser.parse_args()
+    sys.path.insert(0, str(asked.zoo.resolve()))
+    workers, compare = importlib.import_module("workers"), importlib.import_module("run_zoo")
+    truth = json.loads((asked.zoo / "zoo_truth.json").read_text())
+    families = asked.families.split(",") if asked.families else list(truth)
+    compare.warm_up()
+    rows = workers.run_all(
+        functools.partial(run_family, lowering=asked.lowering),
+        families,
+        jobs=asked.jobs,
+        timeout=asked.timeout,
+        progress=lambda family, row: print(
+            f"{row.get('status', 'crashed'):8} {family}", flush=True
+        ),
+    )
+    if asked.out:
+        asked.out.write_text(json.dumps(rows, indent=1))
+    from benchmarks.machine import machine
+
+    page = [*summary(rows, truth), "", *by_kind(rows), "", *per_family(rows, truth), "", machine()]
+    text = "\n".join(page)
+    print(text)
+    if asked.page:
+        asked.page.write_text(text + "\n")
+    sys.exit(any(row.get("status") != "ok" for row in rows.values()))
+
+
+if __name__ == "__main__":
+    main()
