@@ -30,16 +30,17 @@ class _Entry:
 
     Attributes:
         owners: weak references to the parameters.
-        seen: owner, version and address of each; empty once the memory of one is gone, so that an
-            address that comes back is not mistaken for the old one.
+        seen: position among the arguments, owner, version and address of each; empty once the
+            memory of one is gone, so that an address that comes back is not mistaken for the old.
         hoisted: what was made from them.
     """
 
-    __slots__ = ("__weakref__", "_storages", "hoisted", "owners", "seen")
+    __slots__ = ("__weakref__", "_positions", "_storages", "hoisted", "owners", "seen")
 
-    def __init__(self, owners: tuple[Any, ...] = ()) -> None:
+    def __init__(self, positions: tuple[int, ...] = (), owners: tuple[Any, ...] = ()) -> None:
+        self._positions = positions
         self.owners = owners
-        self.seen: tuple[tuple[Any, int, int], ...] = ()
+        self.seen: tuple[tuple[int, Any, int, int], ...] = ()
         self.hoisted: tuple[torch.Tensor, ...] = ()
         self._storages: tuple[Any, ...] = ()
 
@@ -54,15 +55,15 @@ class _Entry:
 
         self._storages = tuple(weakref.ref(t.untyped_storage(), gone) for t in tensors)
         self.seen = tuple(
-            (owner, 0 if frozen else t._version, t.data_ptr())
-            for owner, t in zip(self.owners, tensors, strict=True)
+            (position, owner, 0 if frozen else t._version, t.data_ptr())
+            for position, owner, t in zip(self._positions, self.owners, tensors, strict=True)
         )
 
     def is_fresh(self, tensors: list[torch.Tensor], *, frozen: bool) -> bool:
         """Whether these parameters are as they were seen last."""
         return bool(self.seen) and all(
             t is owner() and (frozen or (t._version == version and t.data_ptr() == pointer))
-            for t, (owner, version, pointer) in zip(tensors, self.seen, strict=True)
+            for t, (_, owner, version, pointer) in zip(tensors, self.seen, strict=True)
         )
 
 
@@ -89,23 +90,30 @@ class LiveWeights:
 
     def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled callable, with its hoisted inputs made from the parameters of each call."""
-        positions, frozen = self._positions, self._frozen
 
         def with_live_weights(*args: Any) -> Any:
             entry = self._last
             seen = entry.seen
             if not seen:
                 return call(*args, *self._refreshed(args))
-            # not strict: this runs at every call, and the lengths are equal
-            for index, (owner, version, pointer) in zip(positions, seen, strict=False):
+            for index, owner, version, pointer in seen:
                 argument = args[index]
-                if argument is not owner() or (
-                    not frozen and (argument._version != version or argument.data_ptr() != pointer)
+                if (
+                    argument._version != version
+                    or argument.data_ptr() != pointer
+                    or argument is not owner()
                 ):
                     return call(*args, *self._refreshed(args))
             return call(*args, *entry.hoisted)
 
-        return with_live_weights
+        def with_frozen_weights(*args: Any) -> Any:
+            entry = self._last
+            seen = entry.seen
+            if seen and all(args[index] is owner() for index, owner, _, _ in seen):
+                return call(*args, *entry.hoisted)
+            return call(*args, *self._refreshed(args))
+
+        return with_frozen_weights if self._frozen else with_live_weights
 
     def forget(self) -> None:
         """Makes the next call compute everything again."""
@@ -148,7 +156,8 @@ class LiveWeights:
                     if held._last is gone:
                         held._last = _Entry()
 
-        entry = self._entries[key] = _Entry(tuple(weakref.ref(t, died) for t in tensors))
+        owners = tuple(weakref.ref(t, died) for t in tensors)
+        entry = self._entries[key] = _Entry(self._positions, owners)
         return entry
 
     def _run(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
