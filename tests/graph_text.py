@@ -55,10 +55,12 @@ def graph_text(graph: fx.Graph) -> str:
         return str(argument).removeprefix("torch.")
 
     for node in graph.nodes:
-        if node.op == "placeholder":
+        if node.op == "placeholder" and str(node.target).startswith("normfx_hoisted_"):
+            names[node] = str(node.target).removeprefix("normfx_")
+        elif node.op == "placeholder":
             names[node] = f"in{sum(n.startswith('in') for n in names.values())}"
         elif node.op == "get_attr":
-            names[node] = str(node.target).removeprefix("_normfx_")
+            names[node] = str(node.target)
         elif node.op == "output":
             lines.append(f"return {shown(node.args[0])}")
         else:

@@ -52,8 +52,6 @@ def evaluate(r: Ring, p: Poly) -> float:
         a = r.atoms[index]
         if a.kind == "x":
             return POINT[X]
-        if a.kind == "abs-x":
-            return abs(POINT[X])
         if a.kind in ("moment", "opaque"):
             return values[a.key]
         if a.kind == "constant":
@@ -219,10 +217,10 @@ def _variance(r: Ring) -> Poly:
         lambda r: -r.moment(2),
         lambda r: -_variance(r),
         lambda r: r.mul(r.x, r.moment(2)),
-        lambda r: r.mul(r.mul(r.opaque("g"), r.opaque("g")), number(1)),  # (g^2)^(1/2) is |g|
-        lambda r: r.mul(r.moment(1), r.moment(1)),
+        lambda r: r.mul(r.opaque("g"), r.mul(r.opaque("h"), r.opaque("h"))),
+        lambda r: -r.mul(r.opaque("g"), r.opaque("g")),
     ],
-    ids=["x", "m1", "m3", "g", "m2*g", "-1", "-m2", "-variance", "x*m2", "g^2", "m1^2"],
+    ids=["x", "m1", "m3", "g", "m2*g", "-1", "-m2", "-variance", "x*m2", "g*h^2", "-g^2"],
 )
 @pytest.mark.parametrize("exponent", [Fraction(1, 2), Fraction(-1, 2)])
 def test_a_root_of_unknown_sign_is_refused(base, exponent):
@@ -235,13 +233,76 @@ def test_a_power_of_zero_is_refused(exponent):
     assert Ring().power(number(0), exponent) is None
 
 
-def test_the_root_of_a_square_of_x_is_its_absolute_value():
+SIGNED = {
+    "x": lambda r: r.x,
+    "m1": lambda r: r.moment(1),
+    "g": lambda r: r.opaque("g"),
+    "m1*g": lambda r: r.mul(r.moment(1), r.opaque("g")),
+}
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_the_root_of_a_square_is_an_absolute_value(name):
     r = Ring(range(2), {1})
-    absolute = r.power(r.mul(r.x, r.x), Fraction(1, 2))
+    a = SIGNED[name](r)
+    square = r.mul(a, a)
+    absolute = r.power(square, Fraction(1, 2))
     assert absolute is not None
-    assert not same(absolute, r.x)
-    assert same(r.mul(absolute, absolute), r.mul(r.x, r.x))
-    assert same(r.power(r.mul(r.x, r.x), Fraction(3, 2)), r.mul(absolute, r.mul(r.x, r.x)))
+    assert not same(absolute, a)
+    assert not same(absolute, -a)
+    assert not r.is_nonnegative(a)
+    assert r.is_nonnegative(absolute)
+    assert same(r.mul(absolute, absolute), square)
+    assert same(r.power(square, Fraction(3, 2)), r.mul(absolute, square))
+    inverse = r.power(square, Fraction(-1, 2))
+    assert inverse is not None
+    assert same(r.mul(inverse, absolute), number(1))
+    assert same(r.power(absolute, -1), inverse)
+    assert same(r.absolute(a), absolute)
+    assert same(r.absolute(-a), absolute)
+    assert same(r.absolute(absolute), absolute)
+
+
+def test_the_absolute_value_of_a_sum():
+    r = Ring(range(2), {1})
+    a = r.x - r.moment(1)
+    absolute = r.absolute(a)
+    assert same(r.mul(absolute, absolute), r.mul(a, a))
+    assert same(r.absolute(-a), absolute)
+    assert same(r.absolute(_variance(r)), _variance(r))
+    assert not r.absolute(Poly())
+
+
+@pytest.mark.parametrize("other", [Fraction(1, 2), Fraction(-1, 2)])
+def test_a_root_says_nothing_of_the_sign_of_its_base_elsewhere(other):
+    r = Ring(range(2), {1})
+    q = r.moment(2) - number(Fraction(1, 2))
+    assert r.power(q, other) is not None
+    assert not r.is_nonnegative(q)
+    inverse = r.power(q, -1)
+    assert inverse is not None
+    assert not same(r.absolute(inverse), inverse)
+    assert not same(r.floor(inverse, number(0)), inverse)
+    square = r.mul(inverse, inverse)
+    assert not same(r.power(square, Fraction(1, 2)), inverse)
+
+
+def test_a_root_of_an_inverse_is_defined_only_where_its_base_is_positive():
+    r = Ring(range(2), {1})
+    q = r.moment(2) + r.opaque("eps")
+    inverse = r.power(q, -1)
+    assert inverse is not None
+    assert same(r.power(inverse, Fraction(1, 2)), r.power(q, Fraction(-1, 2)))
+    assert r.power(r.mul(inverse, r.opaque("g")), Fraction(1, 2)) is None
+
+
+def test_what_the_rounding_of_literals_leaves_of_a_difference_is_zero():
+    r = Ring(range(2), {1})
+    square = r.mul(r.moment(1), r.moment(1))
+    rounded = square.scaled(5 * Fraction(1 / 5))
+    assert not same(rounded, square)
+    assert not square - rounded
+    assert square - square.scaled(Fraction(1 + 1e-11))
 
 
 def test_a_variance_and_its_sums_are_nonnegative_and_their_neighbours_are_not():
@@ -299,6 +360,7 @@ def test_an_expectation_is_linear_and_knows_only_powers_of_x():
     absolute = r.power(x2, Fraction(1, 2))
     assert absolute is not None
     assert r.expectation(absolute) is None
+    assert same(r.expectation(r.mul(absolute, absolute)), m2)
 
 
 @LAWS

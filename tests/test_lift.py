@@ -46,6 +46,7 @@ CASES: dict[Any, Callable[..., Any]] = {
     aten.float_power: lambda x, w, m: torch.float_power((x * x).mean(-1, True), -1.5),
     aten.clamp: lambda x, w, m: (x * x).mean(-1, True).clamp(min=0.9),
     aten.clamp_min: lambda x, w, m: (x * x).mean(-1, True).clamp_min(0.0),
+    aten.clip: lambda x, w, m: aten.clip.default((x * x).mean(-1, True), 0.9),
     aten.maximum: lambda x, w, m: torch.maximum(torch.full((), 0.9), x.var(-1, keepdim=True)),
     aten.addcmul: lambda x, w, m: torch.addcmul(x, m, w, value=2),
     aten.addcdiv: lambda x, w, m: torch.addcdiv(x, m, w, value=0.5),
@@ -115,8 +116,6 @@ def value(ring: Ring, p: Poly, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor
             atom = ring.atoms[index]
             if atom.kind == "x":
                 base = x
-            elif atom.kind == "abs-x":
-                base = x.abs()
             elif atom.kind == "moment":
                 base = (x**atom.key).mean(-1, keepdim=True)
             elif atom.kind == "opaque":
@@ -196,6 +195,10 @@ REFUSED: dict[str, Callable[..., Any]] = {
     "floor division": lambda x, w, m: torch.div(x, 2, rounding_mode="floor"),
     "ceiling": lambda x, w, m: x.clamp(max=1.0),
     "clamp from both sides": lambda x, w, m: x.clamp(-1, 1),
+    "clip from both sides": lambda x, w, m: x.clip(-1, 1),
+    "clip from above": lambda x, w, m: (x * x).mean(-1, True).clip(max=1.0),
+    "cast to float8": lambda x, w, m: x.to(torch.float8_e4m3fn),
+    "cast through float8": lambda x, w, m: x.to(torch.float8_e5m2).to(torch.float32),
     "floor that reads x": lambda x, w, m: torch.maximum(x, m),
     "active dropout": lambda x, w, m: torch.dropout(x, 0.5, True),
     "cast to integers": lambda x, w, m: x.to(torch.int32),
@@ -229,6 +232,33 @@ def test_a_square_matrix_does_not_hide_a_wrong_broadcast(function: Any):
     assert lift.stuck is not None
     assert lift.stuck.law == "broadcast-axis-differs"
     assert lift.stuck.node is output
+
+
+ABSOLUTE: dict[str, Callable[..., Any]] = {
+    "m": lambda x, w, m: m.abs(),
+    "w": lambda x, w, m: (m * w).abs(),
+    "x - m": lambda x, w, m: (x - m).abs(),
+    "square of |x - m|": lambda x, w, m: (x - m).abs() ** 2 * 1.0,
+    "mean of |x - m|^2": lambda x, w, m: (x - m).abs().square().mean(-1, True) + 0.5,
+    "root of m^2": lambda x, w, m: (m**2).sqrt() * 2,
+}
+
+
+@pytest.mark.parametrize("name", list(ABSOLUTE))
+def test_absolute_values(name: str):
+    function = ABSOLUTE[name]
+    lift, _, got = lifted(function)
+    assert isinstance(got, Lifted)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    w = torch.randn(SHAPE[-1:], generator=generator, dtype=torch.float64)
+    wanted = function(x, w, x.mean(-1, keepdim=True))
+    mine = value(lift.ring, got.poly, x, w)
+    # The square of a difference is added up from its terms: they are as large as what they add up to, or cancel.
+    bound = 64 * 2.0**-53 * max(1.0, wanted.abs().max().item())
+    if name == "x - m":  # the root of such a sum
+        bound = bound**0.5
+    assert ((mine - wanted).abs() <= bound).all()
 
 
 def test_detach_is_an_identity_only_without_gradients():

@@ -169,9 +169,9 @@ def test_hard_rows(name, rows):
     assert len(normfx.report().sites) == 1
 
 
-def near_miss(function, *inputs, grad=False):
+def near_miss(function, *inputs, grad=False, dynamic=None):
     with torch.set_grad_enabled(grad):
-        assert torch.equal(compiled(function)(*inputs), function(*inputs))
+        assert torch.equal(compiled(function, dynamic=dynamic)(*inputs), function(*inputs))
     assert normfx.report().sites == []
     return [miss.code.value for miss in normfx.report().near_misses]
 
@@ -184,10 +184,58 @@ def test_near_miss_other_dims():
 
 
 def test_near_miss_unknown_statistic():
-    def cubed(x):
-        return x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True).abs() + 1e-5)
+    def cumulative(x):
+        return x * torch.rsqrt(x.pow(2).cumsum(-1) + 1e-5)
 
-    assert near_miss(cubed, torch.randn(6, 7)) == ["unknown-statistic"]
+    assert near_miss(cumulative, torch.randn(6, 7)) == ["unknown-statistic"]
+
+
+def test_near_miss_statistic_of_another_tensor():
+    def of_two_tensors(x, w):
+        weighted = (x * w).mean(-1, keepdim=True)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + weighted)
+
+    codes = near_miss(of_two_tensors, torch.rand(6, 7), torch.rand(7))
+    assert "statistic-of-another-tensor" in codes
+
+
+OPERATOR_LAWS = {
+    "rsqrt-clamped": lambda x: x * torch.rsqrt((x * x).mean(-1, True) + 1e-5).clamp(max=1),
+    "rms-in-bounds": lambda x: x / (x * x).mean(-1, True).sqrt().clamp(1e-6, 10),
+    "quotient-rounded": lambda x: torch.div(
+        x, ((x * x).mean(-1, True) + 1e-5).sqrt(), rounding_mode="floor"
+    ),
+    "power-of-another-kind": lambda x: x * ((x * x).mean(-1, True) + 1e-5).rsqrt() ** (1 / 3),
+    "eight-bits": lambda x: (
+        x * ((x * x).mean(-1, True) + 1e-5).rsqrt().to(torch.float8_e4m3fn).float()
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPERATOR_LAWS)
+def test_near_miss_operator_law(case):
+    assert near_miss(OPERATOR_LAWS[case], torch.randn(6, 7)) == ["operator-law"]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_near_miss_symbolic_correction(centred):
+    def unbiased(x):
+        mean = x.mean(-1, keepdim=True) if centred else 0.0
+        return (x - mean) * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5)
+
+    x = torch.randn(6, 7)
+    torch._dynamo.mark_dynamic(x, 1)
+    assert "symbolic-correction" in near_miss(unbiased, x)
+
+
+def test_an_unbiased_variance_over_a_known_dim_of_a_dynamic_batch():
+    def unbiased(x):
+        return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5)
+
+    x = torch.randn(6, 7)
+    torch._dynamo.mark_dynamic(x, 0)
+    assert_within_contract(compiled(unbiased)(x), unbiased(x), unbiased(x.double()))
+    assert len(normfx.report().sites) == 1
 
 
 def test_near_miss_factor_only():
@@ -195,6 +243,32 @@ def test_near_miss_factor_only():
         return x * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)
 
     assert near_miss(of_another_tensor, torch.randn(6, 7), torch.randn(6, 7)) == ["factor-only"]
+
+
+def test_near_miss_factor_only_of_a_distance():
+    def distance(x, y):
+        return (x - y).pow(2).sum(-1).sqrt()
+
+    assert near_miss(distance, torch.randn(6, 7), torch.randn(6, 7)) == ["factor-only"]
+
+
+@pytest.mark.parametrize(
+    "sign",
+    [
+        pytest.param(
+            lambda t: t.abs(),
+            id="abs",
+            marks=pytest.mark.xfail(reason="an operand inside of a compound is not looked at"),
+        ),
+        pytest.param(lambda t: t * t, id="square"),
+    ],
+)
+def test_an_eps_made_from_x_is_no_eps(sign):
+    def fed_back(x, w):
+        eps = sign((x * w).mean(-1, keepdim=True)) + 1e-5
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+    near_miss(fed_back, torch.randn(6, 7), torch.rand(7))
 
 
 def test_near_miss_view_mixes_dims():
@@ -212,13 +286,21 @@ def test_near_miss_broadcast():
     assert "broadcast-axis-differs" in near_miss(crossed, torch.randn(7, 7))
 
 
-def test_near_miss_not_a_norm():
-    def half_centred(x):
-        return (x - 0.5 * x.mean(-1, keepdim=True)) * torch.rsqrt(
-            x.pow(2).mean(-1, keepdim=True) + 1e-5
-        )
+NOT_NORMS = {
+    "half-centred": lambda x: (
+        (x - 0.5 * x.mean(-1, True)) * ((x * x).mean(-1, True) + 1e-5).rsqrt()
+    ),
+    "mean-twice": lambda x: (x - 2 * x.mean(-1, True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt(),
+    "cubed-statistic": lambda x: x * ((x**3).mean(-1, True).abs() + 1e-5).rsqrt(),
+    "cubed-numerator": lambda x: x**3 * ((x * x).mean(-1, True) + 1e-5).rsqrt(),
+    "root-of-a-mean": lambda x: x * (x.mean(-1, True) + 1e-5).rsqrt(),
+    "two-eps": lambda x: x / (((x * x).mean(-1, True) + 1e-5).sqrt() + 1e-3),
+}
 
-    assert near_miss(half_centred, torch.randn(6, 7)) == ["not-a-norm"]
+
+@pytest.mark.parametrize("case", NOT_NORMS)
+def test_near_miss_not_a_norm(case):
+    assert near_miss(NOT_NORMS[case], torch.rand(6, 7)) == ["not-a-norm"]
 
 
 @pytest.mark.parametrize("after", [torch.int32, torch.float32], ids=str)
@@ -255,17 +337,31 @@ def test_near_miss_masked():
         variance = ((x - mean).pow(2) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
         return (x - mean) * torch.rsqrt(variance + 1e-5)
 
-    near_miss(masked, torch.randn(6, 7), (torch.rand(6, 7) > 0.3).float())
+    mask = (torch.rand(6, 7) > 0.3).float()
+    assert "statistic-of-another-tensor" in near_miss(masked, torch.randn(6, 7), mask)
 
 
-def test_near_miss_mutation_between():
+def test_near_miss_of_what_is_written_to():
+    """After the write x is another value, so the root scales what it is no statistic of."""
+
     def written(x):
         x = x * 1
         rms = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
         x.add_(1)
         return x * rms
 
-    assert near_miss(written, torch.randn(6, 7))
+    assert near_miss(written, torch.randn(6, 7)) == ["factor-only"]
+
+
+def test_near_miss_written_through_a_view():
+    def written(x):
+        x = x * 1
+        rows = x.view(-1)
+        rms = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        rows.add_(1)
+        return x * rms
+
+    assert near_miss(written, torch.randn(6, 7)) == ["mutation-between"]
 
 
 def test_near_miss_grad_mode():
