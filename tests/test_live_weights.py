@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 import warnings
+import weakref
 
 import pytest
 import torch
-from assertions import assert_within_contract, compiled
+from assertions import STRICT, assert_within_contract, compiled
 from models import Block, head, roughened
 from torch import nn
 
 import normfx
+from normfx.live import LiveWeights
 
 
 def assert_follows(model, fast, x):
@@ -346,3 +350,190 @@ def test_buffers_that_the_model_updates_between_calls():
     with torch.no_grad(), warnings.catch_warnings():
         for _ in range(3):
             assert_within_contract(fast(x), eager(x), exact(x.double()))
+
+
+# Dynamo runs the code that it compiled for one module for every other one that its guards admit. These tests assert
+# that there is one graph: with code of its own for each module they would show nothing.
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The parameters of each time that hoisted tensors were computed."""
+    made = []
+    run = LiveWeights._run
+
+    def counted(self, tensors):
+        made.append(tensors)
+        return run(self, tensors)
+
+    monkeypatch.setattr(LiveWeights, "_run", counted)
+    return made
+
+
+def scaled_head(factor):
+    model = head(64, 32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    return model
+
+
+def two_of_one_class():
+    """Two models, and one function that is compiled once for both."""
+    models = [scaled_head(1.0), scaled_head(-2.5)]
+
+    @torch.compile(backend="normfx", options=STRICT)
+    def fast(model, x):
+        return model(x)
+
+    return models, fast
+
+
+def test_two_models_of_one_class_in_turn(runs):
+    models, fast = two_of_one_class()
+    x = torch.randn(64, 64)
+    for _ in range(3):
+        for model in models:
+            assert_follows(model, lambda x, model=model: fast(model, x), x)
+    assert len(normfx.report().graphs) == 1, "compiled twice, so the test would show nothing"
+    assert len(runs) == 2
+
+
+def test_a_change_of_one_of_two_models(runs):
+    models, fast = two_of_one_class()
+    x = torch.randn(64, 64)
+    for changed in (*models, *reversed(models)):
+        with torch.no_grad():
+            changed[0].weight.mul_(1.5)
+        for model in (*models, *models):
+            assert_follows(model, lambda x, model=model: fast(model, x), x)
+    assert len(normfx.report().graphs) == 1
+    assert len(runs) == 2 + 3
+
+
+@pytest.mark.parametrize(
+    "lowering", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+)
+def test_two_models_of_one_class_at_the_same_time(lowering):
+    models = [scaled_head(1.0), scaled_head(-2.5)]
+    x = torch.randn(64, 64)
+
+    @torch.compile(backend="normfx", options={"lowering": lowering, "strict": True})
+    def fast(model, x):
+        return model(x)
+
+    with torch.no_grad():
+        wanted = [fast(model, x) for model in models]
+        for got, model in zip(wanted, models, strict=True):
+            assert_within_contract(got, model(x), copy.deepcopy(model).double()(x.double()))
+    assert len(normfx.report().graphs) == 1
+    start, wrong = threading.Barrier(2), []
+
+    def call(model, expected):
+        start.wait()
+        with torch.no_grad():
+            for _ in range(200):
+                if not torch.equal(fast(model, x), expected):
+                    wrong.append(model)
+
+    threads = [
+        threading.Thread(target=call, args=pair) for pair in zip(models, wanted, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_result_does_not_change_with_the_next_model():
+    models, fast = two_of_one_class()
+    x = torch.randn(64, 64)
+    with torch.no_grad():
+        first = fast(models[0], x)
+        kept = first.clone()
+        fast(models[1], x)
+    assert torch.equal(first, kept)
+
+
+def test_hoisted_tensors_go_with_their_model(monkeypatch):
+    models, fast = two_of_one_class()
+    x = torch.randn(64, 64)
+    hoisted = []
+    refreshed = LiveWeights._refreshed
+
+    def watched(self, args):
+        made = refreshed(self, args)
+        hoisted.append([weakref.ref(tensor) for tensor in made])
+        return made
+
+    monkeypatch.setattr(LiveWeights, "_refreshed", watched)
+    with torch.no_grad():
+        for model in models:
+            fast(model, x)
+    first, second = hoisted
+    assert all(tensor() is not None for tensor in (*first, *second))
+    del models[0], model
+    gc.collect()
+    assert all(tensor() is None for tensor in first)
+    assert all(tensor() is not None for tensor in second)
+    assert_follows(models[0], lambda x: fast(models[0], x), x)
+    del models[0]
+    gc.collect()
+    assert all(tensor() is None for tensor in second)
+
+
+def test_models_that_come_and_go(runs):
+    """A new model often gets the addresses of the old one."""
+    x = torch.randn(64, 64)
+    _, fast = two_of_one_class()
+    for factor in range(1, 9):
+        model = scaled_head(float(factor))
+        assert_follows(model, lambda x, model=model: fast(model, x), x)
+        del model
+        gc.collect()
+    assert len(runs) == 8
+
+
+class Stack(nn.Module):
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(roughened(Block(64)) for _ in range(depth))
+        with torch.no_grad():
+            for index, block in enumerate(self.blocks):
+                block.norm.weight.mul_(index + 1)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def in_place(block):
+    block.compile(backend="normfx", options=STRICT)
+    return block
+
+
+@pytest.mark.parametrize(
+    "compile_block", [in_place, compiled], ids=["block.compile", "torch.compile"]
+)
+def test_a_repeated_block_compiled_by_itself(compile_block, runs):
+    model, x = Stack(), torch.randn(64, 64)
+    plain = copy.deepcopy(model)
+    model.blocks = nn.ModuleList(compile_block(block) for block in model.blocks)
+    exact = copy.deepcopy(plain).double()
+    with torch.no_grad():
+        for _ in range(3):
+            assert_within_contract(model(x), plain(x), exact(x.double()))
+        assert len(normfx.report().graphs) == 1, "compiled anew for each block"
+        assert len(runs) == len(plain.blocks)
+        changed, theirs, truth = (
+            [p for n, p in m.named_parameters() if n.endswith("norm.weight")][2]
+            for m in (model, plain, exact)
+        )
+        for parameter in (changed, theirs, truth):
+            parameter.mul_(2)
+        for _ in range(2):
+            assert_within_contract(model(x), plain(x), exact(x.double()))
+        assert len(runs) == len(plain.blocks) + 1
+    assert all(site.actions for site in normfx.report().sites)
