@@ -23,19 +23,53 @@ from typing import Any
 
 def run_family(family: str, lowering: str) -> dict[str, Any]:
     """One family's row of the zoo's own comparison, with what normfx reports."""
-    import torch
+    from torch._inductor import config as inductor_config
 
     import normfx
 
     compare = importlib.import_module("run_zoo")
     if lowering == "inductor":  # random numbers as eager draws them
-        torch._inductor.config.fallback_random = True
+        inductor_config.fallback_random = True
     options = {"lowering": lowering, "strict": True}
     row = compare.run_family(
         family, "normfx", "normfx.reports:recognised", options=options, contract=True
     )
     row["report"] = json.loads(normfx.report().to_json())
     return row
+
+
+def check_family(family: str) -> dict[str, Any]:
+    """Each norm of a family against the region it replaced, in float64 on random inputs."""
+    import torch
+
+    from normfx.check import RegionCheck
+    from normfx.options import Options
+    from normfx.pipeline import rewrite
+    from normfx.record import Journal
+
+    zoo = importlib.import_module("zoo")
+    checks: list[RegionCheck] = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Any:
+        checks.append(RegionCheck())
+        rewrite(gm, Options(), Journal(), observe=checks[-1])
+        return gm.forward
+
+    model, inputs = zoo.build(family)
+    zoo.call(torch.compile(model, backend=backend), inputs)
+    results = [result for check in checks for result in check.results]
+    errors = [result.error for result in results if result.error is not None]
+    return {
+        "status": "ok" if all(error <= EXACT for error in errors) else "wrong",
+        "regions": len(results),
+        "worst": max(errors, default=0.0),
+        "not run": [f"{r.kind} {r.node}: {r.reason}" for r in results if r.error is None],
+    }
+
+
+# Both sides of an identity in float64: a few hundred roundings of 2^-53 apart, for inputs of order
+# one.
+EXACT = 1e-12
 
 
 def by_kind(rows: dict[str, Any]) -> list[str]:
@@ -104,6 +138,17 @@ def per_family(rows: dict[str, Any], truth: dict[str, Any]) -> list[str]:
     return lines
 
 
+def print_checks(rows: dict[str, Any]) -> None:
+    """What came of `--check`."""
+    for family, row in sorted(rows.items()):
+        if row.get("status") != "ok" or row.get("not run"):
+            print(f"{family}: {row.get('error') or row.get('worst')} {row.get('not run', '')}")
+    regions = sum(row.get("regions", 0) for row in rows.values())
+    missing = sum(len(row.get("not run", ())) for row in rows.values())
+    worst = max(row.get("worst", 0.0) for row in rows.values())
+    print(f"{regions} norms, {missing} not run, largest relative difference {worst:.1e}")
+
+
 def main() -> None:
     """Runs the families and prints the tables; exit status 1 if one is wrong or crashed."""
     parser = argparse.ArgumentParser(
@@ -112,6 +157,7 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, required=True)
     parser.add_argument("--families", help="names, with commas between; all by default")
     parser.add_argument("--lowering", default="eager", choices=("eager", "inductor"))
+    parser.add_argument("--check", action="store_true", help="compare each norm with its region")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--out", type=Path, help="write the rows here, as JSON")
@@ -122,8 +168,9 @@ def main() -> None:
     truth = json.loads((asked.zoo / "zoo_truth.json").read_text())
     families = asked.families.split(",") if asked.families else list(truth)
     compare.warm_up()
+    run = check_family if asked.check else functools.partial(run_family, lowering=asked.lowering)
     rows = workers.run_all(
-        functools.partial(run_family, lowering=asked.lowering),
+        run,
         families,
         jobs=asked.jobs,
         timeout=asked.timeout,
@@ -133,6 +180,9 @@ def main() -> None:
     )
     if asked.out:
         asked.out.write_text(json.dumps(rows, indent=1))
+    if asked.check:
+        print_checks(rows)
+        sys.exit(any(row.get("status") != "ok" for row in rows.values()))
     from benchmarks.machine import machine
 
     page = [*summary(rows, truth), "", *by_kind(rows), "", *per_family(rows, truth), "", machine()]

@@ -101,6 +101,7 @@ def _place(
     site = _site(node, made, spec, rank)
     site.on_weight = x in facts.constant
     made.meta["normfx_site"] = site
+    made.meta["normfx_region"] = last.name
     last.replace_all_uses_with(made, propagate_meta=False)
     g.erase_dead({*region, *taken, node}, facts.graph)
     rule = f"recognise-{spec.origin.replace('_', '-')}"
