@@ -47,8 +47,7 @@ operator is ATen's, or `recognise-algebra` for a norm that is spelled out.
 A refusal is not an error. The graph keeps its meaning; what was refused stays as it was. A report
 shows the code, and the table below says what it means.
 
-The stage is where the code is given. "None yet" means that the code is defined and that no stage
-gives it today.
+The stage is where the code is given.
 
 {refusals}
 """
@@ -91,7 +90,7 @@ def rules_page() -> str:
         [
             (
                 f"`{code.value}`",
-                ", ".join(sorted(stages.get(code.name, ()))) or "none yet",
+                ", ".join(sorted(stages[code.name])),
                 REFUSALS[code].meaning,
                 REFUSALS[code].hint,
             )
@@ -104,8 +103,10 @@ def rules_page() -> str:
 def refusing_stages() -> dict[str, set[str]]:
     """The stages whose files name a refusal, by the member's name."""
     found: dict[str, set[str]] = {}
-    for path in sorted((PACKAGE / "passes").rglob("*.py")):
+    for path in (PACKAGE / "pipeline.py", *sorted((PACKAGE / "passes").rglob("*.py"))):
         stage = "recognise" if path.stem in RECOGNITION else path.stem
+        if stage == "pipeline":  # the reasons why a whole graph is not folded
+            stage = "fold"
         for name in re.findall(r"\bRefusal\.([A-Z_]+)\b", path.read_text(encoding="utf-8")):
             found.setdefault(name, set()).add(stage)
     return found

@@ -61,6 +61,10 @@ def test_every_refusal_is_on_the_page_of_rules(code):
     assert f"\n| `{code}` | " in (DOCS / "rules.md").read_text(encoding="utf-8")
 
 
+def test_every_refusal_has_a_stage():
+    assert set(generator().refusing_stages()) == {refusal.name for refusal in Refusal}
+
+
 def test_every_refusal_of_recognition_is_explained():
     stages = generator().refusing_stages()
     page = (DOCS / "recognition.md").read_text(encoding="utf-8")
