@@ -383,11 +383,12 @@ class _Writer:
             f"torch.square({a})",
             f"torch.pow({a}, 2.0)",
         ]
-        if a == "h":  # that |a|^2 = a^2 is a law for the tensor itself only
-            forms += [
+        if self.rarely():
+            forms = [
                 f"{a}.abs() ** 2",
                 f"{a}.abs() * {a}.abs()",
                 f"(-{a}) ** 2",
+                f"(-{a}) * (-{a})",
                 f"{a}.abs().square()",
             ]
         return self.let(self.pick(*forms))
@@ -573,7 +574,12 @@ class _Writer:
                 v = self.sub(m2, ms)
                 if self.rarely():
                     v = self.let(
-                        self.pick(f"{v}.clamp_min(0)", f"{v}.clamp(min=0.0)", f"{v}.abs()")
+                        self.pick(
+                            f"{v}.clamp_min(0)",
+                            f"{v}.clamp(min=0.0)",
+                            f"{v}.clip(0)",
+                            f"{v}.abs()",
+                        )
                     )
         return self.let(self.pick(f"{v} * {n / (n - c)!r}", f"{v} * {n} / {n - c}")) if c else v
 
@@ -600,10 +606,7 @@ class _Writer:
         if form == "var+mean":
             dims = self.dims()
             v = self.keep(lambda k: f"{h}.var({dims}, unbiased=False, {k})")
-            m = self.keep(
-                lambda k: f"{h}.mean({dims}, {k})"
-            )  # 1/n as a literal would leave m^2 (1 - n/n)
-            return self.add(v, self.square(m))
+            return self.add(v, self.square(self.average(h)))
         return self.average(self.square(h))
 
     def statistic(self, h: str) -> str:
@@ -674,7 +677,10 @@ class _Writer:
                     f"{s} - (-{e})",
                 )
             )
-        return self.let(self.pick(f"{s} + {e}", f"{e} + {s}", f"torch.add({s}, {e})"))
+        forms = [f"{s} + {e}", f"{e} + {s}", f"torch.add({s}, {e})"]
+        if self.norm.eps_form != "full":  # new_full reads x, and so its number does not stand alone
+            forms.append(f"{s} - (-{e})")
+        return self.let(self.pick(*forms))
 
     def floor(self, s: str) -> str:
         e = self.eps()
@@ -689,6 +695,8 @@ class _Writer:
                 self.pick(
                     f"{s}.clamp_min({e})",
                     f"{s}.clamp(min={e})",
+                    f"{s}.clip({e})",
+                    f"torch.clip({s}, min={e})",
                     f"torch.clamp({s}, {e})",
                 )
             )
@@ -699,6 +707,7 @@ class _Writer:
                 f"torch.maximum({t}, {s})",
                 f"torch.clamp_min({s}, {t})",
                 f"{s}.clamp(min={t})",
+                f"{s}.clip(min={t})",
             )
         )
 
@@ -754,10 +763,17 @@ class _Writer:
             )
         if self.is_mutation("root-of-root"):
             return "inverse", self.let(f"torch.rsqrt(torch.rsqrt({q}))")
-        forms = ["rsqrt", "rsqrt", "1/sqrt", "pow", "reciprocal", "root", "root", "q^-1 sqrt"]
-        if not self.norm.eps_form.startswith("buffer"):  # else nothing says that 1/q is positive
-            forms.append("sqrt(1/q)")
-        form = self.pick(*forms)
+        form = self.pick(
+            "rsqrt",
+            "rsqrt",
+            "1/sqrt",
+            "pow",
+            "reciprocal",
+            "root",
+            "root",
+            "q^-1 sqrt",
+            "sqrt(1/q)",
+        )
         if form == "root":
             return "root", self.square_root(q)
         made = {
@@ -1055,7 +1071,8 @@ class _Writer:
 @st.composite
 def spellings(draw: Any) -> Program:
     """A normalization and a way to write it."""
-    return _Writer(draw, draw(norms()), "").write()
+    distributed = draw(st.integers(0, 7)) == 7
+    return _Writer(draw, draw(norms()), "", distributed=distributed).write()
 
 
 @st.composite

@@ -386,3 +386,19 @@ def test_a_softmax_is_no_near_miss():
 
 def test_a_mean_alone_is_no_near_miss():
     assert near_miss(lambda x: x - x.mean(-1, keepdim=True), torch.randn(6, 7)) == []
+
+
+@pytest.mark.xfail(reason="the eps of an unbiased variance is scaled in the dtype of its buffer")
+@pytest.mark.parametrize(
+    ("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str
+)
+def test_an_eps_buffer_in_a_narrower_dtype(narrow, wide):
+    eps = torch.tensor(1e-3, dtype=narrow)
+
+    def unbiased(x, eps):
+        return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + eps)
+
+    x = 1e-3 * torch.randn(64, 6, dtype=wide)
+    got, eager = compiled(unbiased)(x, eps), unbiased(x, eps)
+    assert len(normfx.report().sites) == 1
+    assert_within_contract(got, eager, unbiased(x.double(), eps.double()))
