@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from normfx import graph as g
 from normfx.ops import NormSpec, norm
+from normfx.torch_internals import is_symbolic
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,11 @@ class _Values:
             current = pending[-1]
             if current in known:
                 pending.pop()
-            elif (current.name in stop and current is not node) or current.op == "placeholder":
+            elif (
+                (current.name in stop and current is not node)
+                or current.op == "placeholder"
+                or is_symbolic(g.value(current))
+            ):
                 known[current] = self._drawn(current)
             elif missing := [i for i in current.all_input_nodes if i not in known]:
                 pending += missing

@@ -268,6 +268,9 @@ def literal(node: fx.Node) -> float | int | None:
             return None if isinstance(held, FakeTensor) else held.item()
         return None
     packet = g.packet(node)
+    if packet in (aten.neg, aten.negative):
+        negated = literal(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        return None if negated is None else -negated
     if packet in (
         aten.lift_fresh,
         aten.lift_fresh_copy,

@@ -58,7 +58,7 @@ REFUSALS: dict[Refusal, Explanation] = {
         "Nothing to do; the graph runs unchanged.",
     ),
     Refusal.UNKNOWN_STATISTIC: Explanation(
-        "A root is taken of what is no moment over fixed dims (cumulative, masked, a distance).",
+        "A root is taken of what is no moment over fixed dims (a cumulative one, say).",
         "Nothing to do; the graph runs unchanged.",
     ),
     Refusal.OTHER_DIMS: Explanation(
@@ -66,7 +66,7 @@ REFUSALS: dict[Refusal, Explanation] = {
         "Take both over the same dims.",
     ),
     Refusal.OTHER_TENSOR: Explanation(
-        "The statistic is of another tensor than the one that is scaled (weighted, masked, cubed).",
+        "The statistic is of another tensor than the one that is scaled (a weighted one, say).",
         "Nothing to do if that is meant: it is not one of the norms normfx rewrites.",
     ),
     Refusal.BROADCAST: Explanation(

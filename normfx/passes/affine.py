@@ -107,9 +107,9 @@ def _with_affine(
     made = replace(core, spec=_after(node, so_far, spec._replace(affine_dim=None)))
     with facts.graph.inserting_before(node):
         if has_weight:
-            made = replace(made, weight=materialise(facts, lift, factor, node))
+            made = replace(made, weight=materialise(facts, lift, factor, node, spec.stats_dtype))
         if has_bias:
-            made = replace(made, bias=materialise(facts, lift, outside, node))
+            made = replace(made, bias=materialise(facts, lift, outside, node, spec.stats_dtype))
     return made
 
 

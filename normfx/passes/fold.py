@@ -93,8 +93,9 @@ def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> No
     Every norm of an activation gets one record.
 
     Refuses:
-        no-affine, rule-off, needs-grad, inside-a-body, weight-not-tracked, affine-not-constant,
-        dim-not-last, no-reader, extra-user, reader-not-linear, weight-not-constant, dtype-differs.
+        no-affine, rule-off, needs-grad, inside-a-body, weight-not-tracked, mutation-between,
+        affine-not-constant, dim-not-last, no-reader, extra-user, reader-not-linear,
+        weight-not-constant, range-too-small.
     """
     constant = g.parameter_only(gm.graph)
     written = g.written_storages(gm.graph)

@@ -26,38 +26,63 @@ def can_be_made(lift: Lift, poly: Poly) -> bool:
     )
 
 
-def materialise(facts: Facts, lift: Lift, poly: Poly, before: fx.Node) -> Any:
-    """A polynomial of opaque operands as a node: an operand itself, or the sum that it is."""
-    total = _sum_of(facts, lift, poly, before)
+def materialise(
+    facts: Facts, lift: Lift, poly: Poly, before: fx.Node, dtype: torch.dtype | None
+) -> Any:
+    """A polynomial of opaque operands as a node: an operand itself, or the sum that it is.
+
+    A sum is computed in `dtype` (that of the statistics), since an operand may be narrower.
+    """
+    if len(poly.terms) == 1:
+        ((monomial, coefficient),) = poly.terms.items()
+        if coefficient == 1 and len(monomial) == 1 and monomial[0][1] == 1:
+            dtype = None
+    total = _sum_of(facts, lift, poly, before, dtype)
     return total if isinstance(total, fx.Node) else facts.number(total, before)
 
 
-def _sum_of(facts: Facts, lift: Lift, poly: Poly, before: fx.Node) -> Any:
+def _sum_of(
+    facts: Facts, lift: Lift, poly: Poly, before: fx.Node, dtype: torch.dtype | None
+) -> Any:
     total: Any = None
     for monomial, coefficient in poly.terms.items():
-        term: Any = float(coefficient)
+        number: float = float(coefficient)
+        term: Any = None
         for index, exponent in monomial:
-            atom = lift.ring.atoms[index]
-            factor = _atom_node(facts, lift, index, exponent, before)
-            if atom.kind == "constant":
-                term = term * factor
+            factor = _power(facts, lift, index, exponent, before, dtype)
+            if not isinstance(factor, fx.Node):
+                number *= factor
             else:
-                term = factor if term == 1.0 else facts.emit(aten.mul.Tensor, factor, term, before)
+                term = factor if term is None else facts.emit(aten.mul.Tensor, term, factor, before)
+        if term is None:
+            term = number
+        elif number != 1.0:
+            term = facts.emit(aten.mul.Tensor, term, number, before)
         total = term if total is None else facts.emit(aten.add.Tensor, total, term, before)
     return total
 
 
-def _atom_node(facts: Facts, lift: Lift, index: int, exponent: Any, before: fx.Node) -> Any:
+def _power(
+    facts: Facts,
+    lift: Lift,
+    index: int,
+    exponent: Any,
+    before: fx.Node,
+    dtype: torch.dtype | None,
+) -> Any:
     atom = lift.ring.atoms[index]
     if atom.kind == "constant":
         return float(atom.key) ** float(exponent)
     base = atom.key
     if atom.base is not None:
-        base = materialise(facts, lift, atom.base, before)
+        base = _sum_of(facts, lift, atom.base, before, dtype)
     if atom.floor is not None:
-        low = materialise(facts, lift, atom.floor, before)
+        low = _sum_of(facts, lift, atom.floor, before, dtype)
         highest = aten.maximum if isinstance(low, fx.Node) else aten.clamp_min
         base = facts.emit(highest.default, base, low, before)
+    held = g.tensor(base)
+    if dtype is not None and held is not None and held.dtype != dtype:
+        base = facts.emit(aten.to.dtype, base, dtype, before)
     return (
         base if exponent == 1 else facts.emit(aten.pow.Tensor_Scalar, base, float(exponent), before)
     )

@@ -118,7 +118,7 @@ def spelled(facts: Facts, reduction: fx.Node) -> Found:
         lift = Lift(x, frozenset(dims), facts.order, grad=facts.grad)
         if lift.value_of(reduction) is None:
             if lift.stuck is not None and lift.stuck.law == "symbolic-correction":
-                missed = Found([], [reduction], _miss(lift, reduction))
+                missed = Found([], _after(reduction), _miss(lift, reduction))
             continue
         matches, rooted = _forward(facts, lift, reduction)
         region = [n for n, v in lift.values.items() if v is not None and n is not x]
@@ -130,6 +130,16 @@ def spelled(facts: Facts, reduction: fx.Node) -> Found:
         if rooted is not None and missed is None:
             missed = Found([], region, _miss(lift, rooted))
     return missed or Found()
+
+
+def _after(node: fx.Node) -> list[fx.Node]:
+    """A node and what known operators make of it: all that one near miss stands for."""
+    found = [node]
+    for current in found:
+        if len(found) < MAX_VISITED:
+            known = [u for u in current.users if g.packet(u) in RULES and u not in found]
+            found += known
+    return found
 
 
 def _dims(reduction: fx.Node, rank: int) -> set[int]:
@@ -275,9 +285,11 @@ def _core(
     if not all(can_be_made(lift, p) for p in (eps_poly, weight_poly, bias_poly)):
         return None
     number = evaluate(ring, eps_poly)
-    eps = None if number is not None else materialise(facts, lift, eps_poly, node)
-    weight = None if weight_poly.constant() == 1 else materialise(facts, lift, weight_poly, node)
-    bias = None if not bias_poly else materialise(facts, lift, bias_poly, node)
+    eps = None if number is not None else materialise(facts, lift, eps_poly, node, stats)
+    weight = (
+        None if weight_poly.constant() == 1 else materialise(facts, lift, weight_poly, node, stats)
+    )
+    bias = None if not bias_poly else materialise(facts, lift, bias_poly, node, stats)
     spec = NormSpec(
         kind="",
         dims=tuple(sorted(lift.dims)),
@@ -295,11 +307,15 @@ def _core(
 
 def _is_given(facts: Facts, lift: Lift, eps: Poly) -> bool:
     """Whether an eps is one: numbers, parameters, single numbers, but nothing made from x."""
-    keys = [lift.ring.atoms[i].key for i in eps.atoms() if lift.ring.atoms[i].kind == "opaque"]
-    return all(
-        key in facts.constant or (str(g.shape(key)) == "()" and not lift.depends(key))
-        for key in keys
-    )
+    for atom in (lift.ring.atoms[i] for i in eps.atoms()):
+        inner = [p for p in (atom.base, atom.floor) if p is not None]
+        if not all(_is_given(facts, lift, p) for p in inner):
+            return False
+        if atom.kind != "opaque" or atom.key in facts.constant:
+            continue
+        if str(g.shape(atom.key)) != "()" or lift.depends(atom.key):
+            return False
+    return True
 
 
 def _has_root(lift: Lift, poly: Poly) -> bool:

@@ -115,8 +115,8 @@ def _static(
         norm_dtype=stats,
         out_dtype=out,
     )
-    weight = materialise(facts, lift, form[0], last)
-    bias = materialise(facts, lift, form[1], last) if form[1] else None
+    weight = materialise(facts, lift, form[0], last, stats)
+    bias = materialise(facts, lift, form[1], last, stats) if form[1] else None
     if not isinstance(weight, fx.Node) or not (bias is None or isinstance(bias, fx.Node)):
         return None
     region = [
