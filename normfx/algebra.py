@@ -13,7 +13,7 @@ values have equal normal forms, or are refused. Written here rather than with sy
 exponents are rational and atoms appear as a region is read; the identities themselves are checked
 with sympy in the tests.
 
-This file knows no operator and no graph: `lift.py` translates operators, `classify.py` reads the
+This file knows no operator and no graph: `laws.py` translates operators, `classify.py` reads the
 result.
 """
 

@@ -79,7 +79,7 @@ REFUSALS: dict[Refusal, Explanation] = {
     ),
     Refusal.OPERATOR_LAW: Explanation(
         "An operator on the way has no law that applies to these operands.",
-        "The operators with laws are the table RULES in normfx/lift.py.",
+        "The operators with laws are the table RULES in normfx/laws.py.",
     ),
     Refusal.SYMBOLIC_CORRECTION: Explanation(
         "An unbiased variance over a dim whose size is symbolic.",

@@ -17,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normfx import graph as g
 from normfx.algebra import Poly, Ring
-from normfx.lift import RULES, Lift, Lifted
+from normfx.laws import RULES
+from normfx.lift import Lift
+from normfx.lifted import Lifted
 from normfx.torch_internals import trace_pre_dispatch
 
 aten = torch.ops.aten

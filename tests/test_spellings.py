@@ -36,6 +36,7 @@ from torch import fx
 from torch._dynamo.source import AttrSource, LocalSource, UnspecializedNNModuleSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from normfx.check import in_float64
 from normfx.ops import NormSpec
 from normfx.ops import norm as canonical_norm
 from normfx.passes.recognise import recognise
@@ -68,7 +69,7 @@ class InFloat64(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         n_args, n_kwargs = n.args, n.kwargs
         try:
-            n.args, n.kwargs = _widened(n.args), _widened(n.kwargs)
+            n.args, n.kwargs = in_float64(n.args), in_float64(n.kwargs)
             return super().run_node(n)
         finally:
             n.args, n.kwargs = n_args, n_kwargs
@@ -76,16 +77,6 @@ class InFloat64(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         held = super().get_attr(target, args, kwargs)
         return held.double() if isinstance(held, torch.Tensor) else held
-
-
-def _widened(held: Any) -> Any:
-    if isinstance(held, torch.dtype):
-        return torch.float64 if held.is_floating_point else held
-    if isinstance(held, NormSpec):
-        return NormSpec(*map(_widened, held))
-    if isinstance(held, (tuple, list)):
-        return type(held)(map(_widened, held))
-    return {k: _widened(v) for k, v in held.items()} if isinstance(held, dict) else held
 
 
 def run(gm: fx.GraphModule, inputs: dict[str, torch.Tensor], *, grad: bool) -> list[torch.Tensor]:

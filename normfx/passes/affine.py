@@ -16,7 +16,8 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.algebra import Poly
-from normfx.lift import Lift, Lifted
+from normfx.lift import Lift
+from normfx.lifted import Lifted
 from normfx.ops import NormSpec
 from normfx.passes.composites import Core
 from normfx.passes.facts import Facts

@@ -19,7 +19,9 @@ from torch import fx
 from normfx import graph as g
 from normfx.algebra import Poly, close
 from normfx.classify import Form, classify, evaluate
-from normfx.lift import RULES, Lift, Lifted, normal_dims
+from normfx.laws import RULES
+from normfx.lift import Lift
+from normfx.lifted import Lifted, normal_dims
 from normfx.ops import NormSpec
 from normfx.passes.composites import Core, wide
 from normfx.passes.facts import Facts

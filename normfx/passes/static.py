@@ -14,7 +14,8 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.algebra import Poly
-from normfx.lift import Lift, Lifted, literal
+from normfx.lift import Lift
+from normfx.lifted import Lifted, literal
 from normfx.ops import NormSpec
 from normfx.passes.composites import Core, wide
 from normfx.passes.facts import Facts
