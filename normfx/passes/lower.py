@@ -1,6 +1,6 @@
 """Lower: canonical nodes become ATen, which Inductor fuses and generates code for.
 
-Where ATen has the normalization as an operator of its own, that is used: Inductor decomposes it
+What was an operator of ATen before becomes that operator again: Inductor decomposes it
 with care (one pass for the statistics, a backward of its own), and eager runs a fused kernel.
 Anything else becomes the body of `ops.norm`, traced once for each distinct (spec, shapes, dtypes)
 and copied to every node that needs it.
@@ -77,7 +77,8 @@ def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         )
         return graph.call_function(aten.instance_norm.default, args)
     trailing = spec.dims == tuple(range(rank - len(spec.dims), rank)) and spec.groups == 0
-    is_layer_norm = spec.statistic == "variance" and spec.centre and trailing
+    # a spelled-out one keeps its two passes: on rows with a large mean ATen's kernel is less exact
+    is_layer_norm = spec.origin == "layer_norm" and trailing
     is_rms_norm = spec.origin == "rms_norm" and trailing
     sizes = list(held.shape[rank - len(spec.dims) :])
     if not (is_layer_norm or is_rms_norm) or not all(isinstance(s, int) for s in sizes):
