@@ -12,7 +12,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normfx.errors import InvariantError as InvariantError
     from normfx.errors import NormfxError as NormfxError
     from normfx.errors import OptionError as OptionError
     from normfx.errors import StageError as StageError
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "InvariantError": "errors",
     "NormfxError": "errors",
     "OptionError": "errors",
     "StageError": "errors",
@@ -43,7 +41,6 @@ _HOMES = {
 }
 
 __all__ = [
-    "InvariantError",
     "NormfxError",
     "OptionError",
     "Options",

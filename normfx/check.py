@@ -63,7 +63,8 @@ class RegionCheck:
     def _compare(
         self, node: fx.Node, before: dict[str, fx.Node], module: fx.GraphModule
     ) -> Checked:
-        kind: str = node.kwargs["spec"].kind  # type: ignore
+        spec: Any = node.kwargs["spec"]
+        kind: str = spec.kind
         last = before.get(node.meta["normfx_region"])
         if last is None:
             return Checked(

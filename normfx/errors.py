@@ -11,9 +11,5 @@ class OptionError(NormfxError, ValueError):
     """An option has an unknown name or a value of the wrong type."""
 
 
-class InvariantError(NormfxError, AssertionError):
-    """A stage left a graph in a state that no stage may leave it in."""
-
-
 class StageError(NormfxError, RuntimeError):
     """A stage failed, under `strict`. Its cause is the exception that the stage raised."""

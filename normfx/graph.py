@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -240,14 +240,6 @@ def inherit_meta(new: fx.Node, old: fx.Node) -> None:
     for key in ("val", "stack_trace", "nn_module_stack", "source_fn_stack", "tensor_meta"):
         if key in old.meta:
             new.meta[key] = old.meta[key]
-
-
-def nodes_between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
-    """The nodes strictly between two nodes, in order."""
-    node = first.next
-    while node is not last and node.op != "root":
-        yield node
-        node = node.next
 
 
 def erase_dead(nodes: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:

@@ -105,15 +105,6 @@ def is_fake(held: Any) -> TypeGuard[FakeTensor]:
     return isinstance(held, FakeTensor)
 
 
-def source_name(node: fx.Node) -> str:
-    """Where dynamo took a placeholder from, as Python text (`L['self'].weight`), or ""."""
-    source: Any = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return ""
-    name: Any = source.name
-    return str(name() if callable(name) else name)  # a method up to 2.11, a property since
-
-
 def is_module_state(node: fx.Node) -> bool:
     """Whether a placeholder is a parameter, a buffer or a tensor attribute of a module."""
     source: Any = getattr(node, "_dynamo_source", None)
@@ -130,7 +121,8 @@ def copy_placeholder(new: fx.Node, old: fx.Node) -> None:
     for key, held in old.meta.items():
         new.meta.setdefault(key, held)
     if hasattr(old, "_dynamo_source"):
-        new._dynamo_source = old._dynamo_source  # type: ignore  # AOTAutograd reads it
+        # AOTAutograd reads it from the node
+        new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def tracing_context() -> ExitStack:
@@ -148,13 +140,13 @@ def copy_graph_meta(new: fx.GraphModule, old: fx.GraphModule) -> None:
     """
     new.meta.update(old.meta)
     sources = getattr(old, "_param_name_to_source", {})
-    new._param_name_to_source = sources  # type: ignore  # AOTAutograd reads it
+    new._param_name_to_source = sources  # pyright: ignore[reportArgumentType]
 
 
 def mark_static(placeholder: fx.Node) -> None:
     """Marks an input of our own as static, as dynamo marks parameters."""
     placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    placeholder._dynamo_source = None  # type: ignore  # AOTAutograd reads it
+    placeholder._dynamo_source = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def compile_alone(model: Any, backend: Any, dynamic: bool | None) -> Any:
