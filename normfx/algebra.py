@@ -1,17 +1,18 @@
 """Polynomial normal form: the algebra in which normfx proves what a region of a graph computes.
 
 A value is a sum of monomials with exact rational coefficients. A monomial is a product of *atoms*
-with rational exponents. The atoms of one site are the normalized tensor x, its moments m_k = E[x^k]
-over the dims of the site, one atom per opaque operand (a weight, a gate, an eps that is a tensor),
-and one *compound* atom per distinct polynomial that a root or a reciprocal was taken of. Compounds
-are made monic first, so `1/sqrt(v + eps)`, `(v + eps)**-0.5` and `sqrt(c)/sqrt(c*v + c*eps)` share
-one atom; the constant in front becomes a root of a constant.
+with rational exponents. The atoms of one site are the normalized tensor x, its moments E_D[x^k]
+over any axes D, one atom per opaque operand (a weight, a gate, an eps that is a tensor), one
+*compound* atom per distinct polynomial that a root or a reciprocal was taken of, and one per
+function (a sigmoid) of a polynomial. Compounds are made monic first, so `1/sqrt(v + eps)`,
+`(v + eps)**-0.5` and `sqrt(c)/sqrt(c*v + c*eps)` share one atom; the constant in front becomes a
+root of a constant.
 
 The laws: addition, multiplication, (ab)^q = a^q b^q where that holds over the reals, Q^1 = Q for a
-compound Q, and E[x^k c] = m_k c for c free of x. There is no search and no simplification: equal
-values have equal normal forms, or are refused. Written here rather than with sympy's rings because
-exponents are rational and atoms appear as a region is read; the identities themselves are checked
-with sympy in the tests.
+compound Q, E_D[p c] = E_D[p] c for c constant along D, and E_D[E_F[p]] = E_{D+F}[p]. There is no
+search and no simplification: equal values have equal normal forms, or are refused. Written here
+rather than with sympy's rings because exponents are rational and atoms appear as a region is read;
+the identities themselves are checked with sympy in the tests.
 
 This file knows no operator and no graph: `laws.py` translates operators, `classify.py` reads the
 result.
@@ -103,13 +104,14 @@ class Atom:
     """What an atom stands for.
 
     Attributes:
-        kind: "x", "moment", "opaque", "compound", "floor" or "constant".
-        key: k of a moment; the caller's key of an opaque operand; the number of a constant; None
-            otherwise.
-        base: the polynomial of a compound, or the one that a floor is put under.
-        floor: the number or opaque polynomial e of max(base, e).
+        kind: "x", "moment", "opaque", "compound", "function", "maximum" or "constant".
+        key: the axes that a moment is taken over; the caller's key of an opaque operand; the name
+            of a function; the number of a constant; None otherwise.
+        base: the monomial that a moment is of; the polynomial of a compound; the argument of a
+            function; the first of the two polynomials of a maximum.
+        other: the second polynomial of a maximum; where one is free of x, this is it.
         has_x: whether x occurs in it, outside of a moment.
-        has_moment: whether a moment occurs in it.
+        has_moment: whether a moment of x occurs in it.
         varies: the axes of x along which it is not constant.
         nonnegative: whether it is provably >= 0 wherever it is defined.
     """
@@ -117,7 +119,7 @@ class Atom:
     kind: str
     key: Any = None
     base: Poly | None = None
-    floor: Poly | None = None
+    other: Poly | None = None
     has_x: bool = False
     has_moment: bool = False
     varies: frozenset[int] = frozenset()
@@ -129,14 +131,13 @@ class Ring:
 
     Args:
         axes: the axes of x.
-        dims: those of them that the statistics of the site are taken over.
     """
 
-    def __init__(self, axes: Iterable[int] = (0,), dims: Iterable[int] = (0,)) -> None:
-        self.axes, self.dims = frozenset(axes), frozenset(dims)
+    def __init__(self, axes: Iterable[int] = (0,)) -> None:
+        self.axes = frozenset(axes)
         self.atoms: list[Atom] = []
         self._index: dict[Hashable, int] = {}
-        self.x = self._generator(("x",), Atom("x", has_x=True, varies=self.axes))
+        self.x = self.part(self.axes)
 
     def _generator(self, key: Hashable, atom: Atom, exponent: Exponent = 1) -> Poly:
         index = self._index.setdefault(key, len(self.atoms))
@@ -146,15 +147,38 @@ class Ring:
             self.atoms[index] = atom
         return Poly({((index, exponent),): Fraction(1)})
 
-    def moment(self, order: int) -> Poly:
-        """m_k = E[x^k] over the dims of the site."""
+    def part(self, axes: Iterable[int]) -> Poly:
+        """X itself, or a slice of it: the same elements along fewer of them."""
+        varies = frozenset(axes)
+        return self._generator(("x", varies), Atom("x", has_x=True, varies=varies))
+
+    def moment(self, order: int, dims: Iterable[int] | None = None) -> Poly:
+        """E_D[x^k] over these axes of x, or over all."""
         if order == 0:
             return number(1)
-        varies = self.axes - self.dims
-        even = order % 2 == 0
-        return self._generator(
-            ("m", order), Atom("moment", order, has_moment=True, varies=varies, nonnegative=even)
+        ((monomial, _),) = self.x.terms.items()
+        ((x, _),) = monomial
+        return self._mean_of(((x, order),), self.axes if dims is None else frozenset(dims))
+
+    def _mean_of(self, monomial: Monomial, dims: frozenset[int]) -> Poly:
+        """E_D of a monomial in which every factor varies along D."""
+        if len(monomial) == 1 and monomial[0][1] == 1:
+            inner = self.atoms[monomial[0][0]]
+            if inner.kind == "moment" and inner.base is not None:  # a mean of means is a mean
+                ((monomial, _),) = inner.base.terms.items()
+                dims = dims | inner.key
+        parts = [self.atoms[i] for i, _ in monomial]
+        varies = frozenset().union(*(a.varies for a in parts))
+        dims = dims & varies
+        atom = Atom(
+            "moment",
+            dims,
+            base=Poly({monomial: Fraction(1)}),
+            has_moment=any(a.has_x or a.has_moment for a in parts),
+            varies=varies - dims,
+            nonnegative=all(self._is_nonnegative_power(i, e) for i, e in monomial),
         )
+        return self._generator(("m", monomial, dims), atom)
 
     def opaque(
         self, key: Hashable, varies: Iterable[int] = (), *, nonnegative: bool = False
@@ -267,16 +291,9 @@ class Ring:
     def _compound(self, monic: Poly, exponent: Exponent, *, nonnegative: bool) -> Poly:
         """Q^q for a monic Q. What other values take a root of says nothing of the sign of Q."""
         parts = [self.atoms[i] for i in monic.atoms()]
-        key = ("q", frozenset((m, _rounded(c)) for m, c in monic.terms.items()))
-        atom = Atom(
-            "compound",
-            base=monic,
-            has_x=any(a.has_x for a in parts),
-            has_moment=any(a.has_moment for a in parts),
-            varies=frozenset().union(*(a.varies for a in parts)),
-            nonnegative=nonnegative,
-        )
-        return self.mul(self._generator(key, atom, _whole(exponent)), number(1))
+        atom = self._atom("compound", None, monic, None, parts, nonnegative)
+        made = self._generator(("q", _frozen(monic)), atom, _whole(exponent))
+        return self.mul(made, number(1))
 
     def absolute(self, p: Poly) -> Poly:
         """|p|: p itself where p >= 0 is proved, else the root of p^2."""
@@ -286,60 +303,116 @@ class Ring:
         root = self.power(square, Fraction(1, 2)) if len(square.terms) == 1 else None
         return self._compound(square, Fraction(1, 2), nonnegative=True) if root is None else root
 
-    def floor(self, p: Poly, low: Poly) -> Poly | None:
-        """max(p, low): p itself where p >= 0 >= low is proved, else one atom."""
-        constant = low.constant()
-        if constant is not None and constant <= 0 and self.is_nonnegative(p):
-            return p
-        parts = [self.atoms[i] for i in p.atoms() | low.atoms()]
-        if any(a.has_x or a.has_moment for a in (self.atoms[i] for i in low.atoms())):
-            return None
-        key = ("f", tuple(sorted(p.terms.items())), tuple(sorted(low.terms.items())))
-        atom = Atom(
-            "floor",
-            base=p,
-            floor=low,
+    def function(self, name: Hashable, p: Poly, *, nonnegative: bool = False) -> Poly:
+        """A function of which nothing is known but its name and argument (and its sign)."""
+        parts = [self.atoms[i] for i in p.atoms()]
+        return self._generator(
+            ("s", name, _frozen(p)), self._atom("function", name, p, None, parts, nonnegative)
+        )
+
+    def maximum(self, a: Poly, b: Poly) -> Poly:
+        """max(a, b): a itself where a >= 0 >= b is proved (or the reverse), else one atom."""
+        for p, low in ((a, b), (b, a)):
+            constant = low.constant()
+            if constant is not None and constant <= 0 and self.is_nonnegative(p):
+                return p
+        first, second = sorted((a, b), key=self._depth, reverse=True)
+        parts = [self.atoms[i] for i in a.atoms() | b.atoms()]
+        nonnegative = self.is_nonnegative(a) or self.is_nonnegative(b)
+        key = ("f", frozenset((_frozen(a), _frozen(b))))
+        return self._generator(key, self._atom("maximum", None, first, second, parts, nonnegative))
+
+    def _depth(self, p: Poly) -> tuple[bool, bool, int]:
+        """Where max(a, b) has a polynomial: with x before with moments before free of both."""
+        atoms = [self.atoms[i] for i in p.atoms()]
+        return any(a.has_x for a in atoms), any(a.has_moment for a in atoms), len(p.terms)
+
+    def _atom(
+        self,
+        kind: str,
+        key: Any,
+        base: Poly,
+        other: Poly | None,
+        parts: list[Atom],
+        nonnegative: bool,
+    ) -> Atom:
+        """An atom made of others: it varies along what they vary along."""
+        return Atom(
+            kind,
+            key,
+            base,
+            other,
             has_x=any(a.has_x for a in parts),
             has_moment=any(a.has_moment for a in parts),
             varies=frozenset().union(*(a.varies for a in parts)),
-            nonnegative=self.is_nonnegative(p) or (constant is not None and constant >= 0),
+            nonnegative=nonnegative,
         )
-        return self._generator(key, atom)
 
     # -- facts -----------------------------------------------------------------------------------
 
     def is_nonnegative(self, p: Poly) -> bool:
-        """Whether p >= 0 is proved: a sum of nonnegative terms, a variance m2 - m1^2 among them."""
+        """Whether p >= 0 is proved: a sum of nonnegative terms, E[q^2] - E[q]^2 among them."""
         rest = dict(p.terms)
-        m1, m2 = self._index.get(("m", 1)), self._index.get(("m", 2))
-        if m1 is not None and m2 is not None:
-            drop = rest.get(((m1, 2),), Fraction(0))
-            have = rest.get(((m2, 1),), Fraction(0))
-            if drop < 0 and have >= -drop * (1 - Fraction(COEFFICIENT_TOLERANCE)):
-                rest.pop(((m1, 2),))
-                rest[((m2, 1),)] = max(have + drop, Fraction(0))
+        for monomial, drop in p.terms.items():
+            square = self._square_of(monomial) if drop < 0 else None
+            have = rest.get(square, Fraction(0)) if square is not None else Fraction(0)
+            if square is not None and have >= -drop * (1 - Fraction(COEFFICIENT_TOLERANCE)):
+                rest.pop(monomial)
+                rest[square] = max(have + drop, Fraction(0))
         return all(
             c >= 0 and all(self._is_nonnegative_power(a, e) for a, e in m) for m, c in rest.items()
         )
 
+    def _square_of(self, monomial: Monomial) -> Monomial | None:
+        """The monomial E[q^2] for E[q]^2, if it has been met."""
+        if len(monomial) != 1 or monomial[0][1] != 2:
+            return None
+        atom = self.atoms[monomial[0][0]]
+        if atom.kind != "moment" or atom.base is None:
+            return None
+        ((inner, _),) = atom.base.terms.items()
+        index = self._index.get(("m", tuple((i, _whole(2 * e)) for i, e in inner), atom.key))
+        return None if index is None else ((index, 1),)
+
+    def order_of(self, atom: Atom) -> int | None:
+        """K where an atom is E_D[x^k] of x or of a slice of x, else None."""
+        if atom.kind != "moment" or atom.base is None:
+            return None
+        ((monomial, _),) = atom.base.terms.items()
+        if len(monomial) != 1 or self.atoms[monomial[0][0]].kind != "x":
+            return None
+        return monomial[0][1] if isinstance(monomial[0][1], int) else None
+
     def _is_nonnegative_power(self, index: int, exponent: Exponent) -> bool:
         return self.atoms[index].nonnegative or (isinstance(exponent, int) and exponent % 2 == 0)
 
-    def expectation(self, p: Poly) -> Poly | None:
-        """E[p] over the dims of the site: x^k becomes m_k; None if p is not a sum of such terms."""
+    def expectation(self, p: Poly, dims: Iterable[int] | None = None) -> Poly:
+        """E_D[p] over these axes of x (or over all): what is constant along D stands in front."""
+        over = self.axes if dims is None else frozenset(dims)
         total = Poly()
         for monomial, coefficient in p.terms.items():
-            rest, order = [], 0
+            inside = tuple((i, e) for i, e in monomial if self.atoms[i].varies & over)
+            outside = tuple((i, e) for i, e in monomial if not self.atoms[i].varies & over)
+            term = Poly({outside: coefficient})
+            total = total + (self.mul(term, self._mean_of(inside, over)) if inside else term)
+        return total
+
+    def sliced(self, p: Poly, axis: int, part: int) -> Poly | None:
+        """P along a slice of one axis of x; None if anything but x itself varies along it."""
+        total = Poly()
+        for monomial, coefficient in p.terms.items():
+            term = number(coefficient)
             for index, exponent in monomial:
                 atom = self.atoms[index]
-                if atom.kind == "x" and isinstance(exponent, int) and exponent > 0:
-                    order = exponent
-                elif atom.has_x or atom.varies & self.dims:
-                    return None  # a mean of something other than a power of x: not a moment
-                else:
-                    rest.append((index, exponent))
-            term = Poly({tuple(rest): coefficient})
-            total = total + self.mul(term, self.moment(order))
+                factor: Poly | None = Poly({((index, exponent),): Fraction(1)})
+                if axis in atom.varies:
+                    if atom.kind != "x":
+                        return None
+                    factor = self.power(self.part(atom.varies - {axis} | {part}), exponent)
+                if factor is None:
+                    return None
+                term = self.mul(term, factor)
+            total = total + term
         return total
 
     def split(self, p: Poly, keep: Iterable[str]) -> tuple[Poly, Poly]:
@@ -352,12 +425,12 @@ class Ring:
         return Poly(inside), Poly(outside)
 
     def _rank(self, monomial: Monomial) -> tuple[int, ...]:
-        """The order in which a leading term is looked for: m2 first, then any with a moment."""
-        m2 = self._index.get(("m", 2))
+        """The order in which a leading term is looked for: E[x^2] first, then any with a moment."""
+        atoms = [self.atoms[i] for i, _ in monomial]
         return (
-            any(i == m2 for i, _ in monomial),
-            any(self.atoms[i].has_moment for i, _ in monomial),
-            any(self.atoms[i].has_x for i, _ in monomial),
+            any(self.order_of(a) == 2 for a in atoms),
+            any(a.has_moment for a in atoms),
+            any(a.has_x for a in atoms),
             *(-i for i, _ in monomial),
         )
 
@@ -375,5 +448,6 @@ def _whole(exponent: Exponent) -> Exponent:
     return exponent
 
 
-def _rounded(coefficient: Fraction) -> str:
-    return f"{float(coefficient):.11e}"
+def _frozen(p: Poly) -> Hashable:
+    """A polynomial as a key: coefficients that differ by the rounding of literals are one."""
+    return frozenset((m, f"{float(c):.11e}") for m, c in p.terms.items())

@@ -98,14 +98,10 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def permutation(node: fx.Node, rank: int) -> list[int]:
-    """The order in which `permute` or `transpose` puts the dims of its input."""
-    order = list(range(rank))
-    named = arguments(node)
-    if "dims" in named:
-        return [d % rank for d in named["dims"]]
-    a, b = named["dim0"] % rank, named["dim1"] % rank
-    order[a], order[b] = b, a
-    return order
+    """The order in which `permute`, `transpose` and their kin put the dims of their input."""
+    target: Any = node.target
+    numbered = torch.empty(list(range(2, rank + 2)), device="meta")  # a size for each dim
+    return [size - 2 for size in target(numbered, *node.args[1:], **node.kwargs).shape]
 
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:

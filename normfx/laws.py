@@ -17,7 +17,8 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.algebra import Poly, Ring
-from normfx.lifted import Lifted, Stuck, is_one, literal
+from normfx.layout import arranged, plain
+from normfx.lifted import Lifted, Reduced, Stuck, literal
 
 if TYPE_CHECKING:
     from normfx.lift import Lift
@@ -35,12 +36,12 @@ def _binary(combine: Callable[[Ring, Poly, Poly], Poly | None]) -> Rule:
         found = lift.elementwise(node, [node.args[0], node.args[1]])
         if found is None:
             return None
-        (a, b), axes = found
+        (a, b), layout = found
         alpha = named.get("alpha", 1)
         if not isinstance(alpha, (int, float)):
             return None
         result = combine(lift.ring, a, b.scaled(Fraction(alpha)))
-        return None if result is None else Lifted(result, axes)
+        return None if result is None else Lifted(result, layout)
 
     return rule
 
@@ -50,9 +51,9 @@ def _unary(apply: Callable[[Ring, Poly], Poly | None]) -> Rule:
         found = lift.elementwise(node, [node.args[0]])
         if found is None:
             return None
-        (a,), axes = found
+        (a,), layout = found
         result = apply(lift.ring, a)
-        return None if result is None else Lifted(result, axes)
+        return None if result is None else Lifted(result, layout)
 
     return rule
 
@@ -67,8 +68,8 @@ def _reverse_subtract(lift: Lift, node: fx.Node) -> Any:
     alpha = g.arguments(node).get("alpha", 1)
     if found is None or not isinstance(alpha, (int, float)):
         return None
-    (a, b), axes = found
-    return Lifted(b - a.scaled(Fraction(alpha)), axes)
+    (a, b), layout = found
+    return Lifted(b - a.scaled(Fraction(alpha)), layout)
 
 
 def _power(lift: Lift, node: fx.Node) -> Any:
@@ -79,11 +80,11 @@ def _power(lift: Lift, node: fx.Node) -> Any:
     if found is None or not isinstance(exponent, (int, float)) or isinstance(exponent, bool):
         return None
     exact = Fraction(exponent)
-    if exact.denominator not in (1, 2) or abs(exact) > 4:
+    if abs(exact) > 4:
         return None
-    (a,), axes = found
+    (a,), layout = found
     result = lift.ring.power(a, exact)
-    return None if result is None else Lifted(result, axes)
+    return None if result is None else Lifted(result, layout)
 
 
 def _clamp(lift: Lift, node: fx.Node) -> Any:
@@ -91,16 +92,21 @@ def _clamp(lift: Lift, node: fx.Node) -> Any:
     low = named.get("min", named.get("other"))
     if named.get("max") is not None or low is None:
         return None
-    first = named.get("self", named.get("input"))
-    a_value = lift.value_of(first) if isinstance(first, fx.Node) else None
-    if not isinstance(a_value, Lifted):  # maximum(floor, statistic)
-        first, low = low, first
-    found = lift.elementwise(node, [first, low])
+    found = lift.elementwise(node, [named.get("self", named.get("input")), low])
     if found is None:
         return None
-    (a, b), axes = found
-    result = lift.ring.floor(a, b)
-    return None if result is None else Lifted(result, axes)
+    (a, b), layout = found
+    return Lifted(lift.ring.maximum(a, b), layout)
+
+
+def _function(name: str, *, nonnegative: bool = False, times_argument: bool = False) -> Rule:
+    """A function of a value, times the value itself: silu(a) = a * sigmoid(a)."""
+
+    def apply(ring: Ring, a: Poly) -> Poly | None:
+        result = ring.function(name, a, nonnegative=nonnegative)
+        return ring.mul(a, result) if times_argument else result
+
+    return _unary(apply)
 
 
 def _addcmul(lift: Lift, node: fx.Node) -> Any:
@@ -108,19 +114,19 @@ def _addcmul(lift: Lift, node: fx.Node) -> Any:
     scale = g.arguments(node).get("value", 1)
     if found is None or not isinstance(scale, (int, float)):
         return None
-    (a, b, c), axes = found
+    (a, b, c), layout = found
     product: Poly | None = (
         lift.ring.mul(b, c) if g.packet(node) is aten.addcmul else _divide(lift.ring, b, c)
     )
-    return None if product is None else Lifted(a + product.scaled(Fraction(scale)), axes)
+    return None if product is None else Lifted(a + product.scaled(Fraction(scale)), layout)
 
 
 def _lerp(lift: Lift, node: fx.Node) -> Any:
     found = lift.elementwise(node, list(node.args[:3]))
     if found is None:
         return None
-    (a, b, t), axes = found
-    return Lifted(a + lift.ring.mul(t, b - a), axes)
+    (a, b, t), layout = found
+    return Lifted(a + lift.ring.mul(t, b - a), layout)
 
 
 # A cast to one of these is rounding; to float8 it is quantisation, which is meant to change the
@@ -139,23 +145,42 @@ def _same(lift: Lift, node: fx.Node) -> Any:
     return lift.value_of(node.args[0])
 
 
-def _mean(lift: Lift, node: fx.Node) -> Any:
+def _reduction(of: Callable[[Ring, Reduced], Poly | None]) -> Rule:
+    def rule(lift: Lift, node: fx.Node) -> Any:
+        named = g.arguments(node)
+        found = lift.reduce(node.args[0], named.get("dim"), bool(named.get("keepdim")))
+        result = None if found is None else of(lift.ring, found)
+        return None if found is None or result is None else Lifted(result, found.layout)
+
+    return rule
+
+
+def _mean(ring: Ring, p: Reduced) -> Poly:
+    return ring.expectation(p.poly, p.over)
+
+
+def _sum(ring: Ring, p: Reduced) -> Poly:
+    return ring.mul(_mean(ring, p), p.number)
+
+
+def _root_of_sum_of_squares(ring: Ring, p: Reduced) -> Poly | None:
+    square = ring.expectation(ring.mul(p.poly, p.poly), p.over)
+    return ring.power(ring.mul(square, p.number), Fraction(1, 2))
+
+
+def _norm(lift: Lift, node: fx.Node) -> Any:
     named = g.arguments(node)
-    found = lift.reduce(node, node.args[0], named.get("dim"), bool(named.get("keepdim")))
-    return None if found is None else Lifted(*found)
-
-
-def _sum(lift: Lift, node: fx.Node) -> Any:
-    found = _mean(lift, node)
-    return None if found is None else Lifted(lift.ring.mul(found.poly, lift.count()), found.axes)
+    if named.get("ord", named.get("p", 2)) not in (None, 2):
+        return None
+    return _reduction(_root_of_sum_of_squares)(lift, node)
 
 
 def _adaptive_mean(lift: Lift, node: fx.Node) -> Any:
-    sizes = node.args[1]
-    if not isinstance(sizes, (list, tuple)) or any(s != 1 for s in sizes):
+    sizes = g.arguments(node)["output_size"]
+    if any(size != 1 for size in sizes):
         return None
-    found = lift.reduce(node, node.args[0], [-1 - i for i in range(len(sizes))], True)
-    return None if found is None else Lifted(*found)
+    found = lift.reduce(node.args[0], [-1 - i for i in range(len(sizes))], True)
+    return None if found is None else Lifted(_mean(lift.ring, found), found.layout)
 
 
 def _correction(node: fx.Node) -> Any:
@@ -166,38 +191,151 @@ def _correction(node: fx.Node) -> Any:
     return 1 if given is None else given
 
 
+def _window_mean(lift: Lift, node: fx.Node) -> Any:
+    """A mean over neighbours along one axis of what has zeros around it: an average pool."""
+    named = g.arguments(node)
+    padded = named["self"]
+    rank, spatial = len(g.shape(node) or ()), len(named["kernel_size"])
+    kernel = named["kernel_size"]
+    wide = [i for i, size in enumerate(kernel) if size != 1]
+    if len(wide) != 1 or named.get("divisor_override") is not None:
+        return None
+    if any(size != 1 for size in named["stride"] or kernel):
+        return None
+    around = [(0, 0)] * rank
+    for i, size in enumerate(named["padding"]):
+        around[rank - spatial + i] = (size, size)
+    source = padded
+    if g.packet(padded) in PADS:
+        pads = g.arguments(padded)
+        if pads.get("mode", "constant") != "constant" or pads.get("value") not in (None, 0):
+            return None
+        flat = pads["pad"]
+        source = pads["self"]
+        for i in range(len(flat) // 2):
+            before, after = around[rank - 1 - i]
+            around[rank - 1 - i] = (before + flat[2 * i], after + flat[2 * i + 1])
+        if any(named["padding"]):
+            return None
+    elif not named.get("count_include_pad", True):
+        return None
+    dim, window = rank - spatial + wide[0], kernel[wide[0]]
+    if any(pair != (0, 0) for i, pair in enumerate(around) if i != dim):
+        return None
+    value = lift.value_of(source) if isinstance(source, fx.Node) else None
+    if around[dim] != (window // 2, (window - 1) // 2) or not isinstance(value, Lifted):
+        return None
+    if len(value.layout[dim]) != 1:
+        return None
+    nonnegative = lift.ring.is_nonnegative(value.poly)
+    key = ("window", value.layout[dim][0], window)
+    return Lifted(lift.ring.function(key, value.poly, nonnegative=nonnegative), value.layout)
+
+
 def _variance(*, root: bool, with_mean: bool) -> Rule:
     def rule(lift: Lift, node: fx.Node) -> Any:
         named = g.arguments(node)
         correction = _correction(node)
-        if not isinstance(correction, (int, float)):
+        found = lift.reduce(node.args[0], named.get("dim"), bool(named.get("keepdim")))
+        if found is None or not isinstance(correction, (int, float)):
             return None
-        found = lift.moments(node, named.get("dim"), correction, bool(named.get("keepdim")))
-        if found is None:
-            return None
-        variance, mean = found
-        if root:
-            deviation = lift.ring.power(variance.poly, Fraction(1, 2))
-            if deviation is None:
+        ring, mean = lift.ring, _mean(lift.ring, found)
+        square = ring.expectation(ring.mul(found.poly, found.poly), found.over)
+        variance: Poly | None = square - ring.mul(mean, mean)
+        if correction:
+            n = found.number.constant()
+            if n is None or n <= correction:
+                lift.stuck = Stuck("symbolic-correction", node)
                 return None
-            variance = Lifted(deviation, variance.axes)
-        return (variance, mean) if with_mean else variance
+            variance = variance.scaled(n / (n - Fraction(correction)))
+        if root:
+            variance = ring.power(variance, Fraction(1, 2))
+        if variance is None:
+            return None
+        first = Lifted(variance, found.layout)
+        return (first, Lifted(mean, found.layout)) if with_mean else first
 
     return rule
 
 
-def _norm(lift: Lift, node: fx.Node) -> Any:
+def _contraction(equation: str | None = None) -> Rule:
+    """A sum of products, as an einsum of two operands: sum p*q = n * E[p*q]."""
+
+    def rule(lift: Lift, node: fx.Node) -> Any:
+        operands: Any = node.args[:2]
+        text: Any = equation
+        if text is None:  # einsum itself
+            text, operands = node.args[0], node.args[1]
+        inputs, _, output = text.replace(" ", "").partition("->")
+        words = inputs.split(",")
+        if len(operands) != 2 or len(words) != 2 or "->" not in text or "." in text:
+            return None
+        axes: dict[str, tuple[int, ...]] = {}
+        sizes: dict[str, Any] = {}
+        for word, operand in zip(words, operands, strict=True):
+            shape = g.shape(operand)
+            if shape is None or len(set(word)) != len(word) or len(word) != len(shape):
+                return None
+            value = lift.value_of(operand)
+            for letter, size, i in zip(word, shape, range(len(word)), strict=True):
+                if str(sizes.setdefault(letter, size)) != str(size):
+                    return None
+                if isinstance(value, Lifted) and value.layout[i]:
+                    if axes.setdefault(letter, value.layout[i]) != value.layout[i]:
+                        return None
+        named = [axis for dim in axes.values() for axis in dim]
+        if len(set(named)) != len(named):
+            return None  # one axis under two letters: a matrix of products
+        layouts = [tuple(axes.get(letter, ()) for letter in word) for word in words]
+        factors = [lift.operand(o, w) for o, w in zip(operands, layouts, strict=True)]
+        if factors[0] is None or factors[1] is None:
+            return None
+        over = frozenset(a for letter, dim in axes.items() if letter not in output for a in dim)
+        total = lift.ring.expectation(lift.ring.mul(factors[0], factors[1]), over)
+        for letter, size in sizes.items():
+            if letter not in output:
+                total = lift.ring.mul(total, lift.quantity(plain(size)))
+        return Lifted(total, tuple(axes.get(letter, ()) for letter in output))
+
+    return rule
+
+
+def _slice(lift: Lift, node: fx.Node) -> Any:
+    """A slice of x along one dim, where everything else is constant along it."""
     named = g.arguments(node)
-    order = named.get("ord", named.get("p", 2))
-    value = lift.value_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-    if order not in (None, 2) or not isinstance(value, Lifted):
+    start, step = named.get("start") or 0, named.get("step", 1)
+    if not isinstance(start, int) or start < 0 or step != 1:
         return None
-    mean = lift.reduce(node, node.args[0], named.get("dim"), bool(named.get("keepdim")))
-    square = lift.ring.expectation(lift.ring.mul(value.poly, value.poly))
-    if mean is None or square is None:
+    return _sliced(lift, node.args[0], named["dim"], start, g.shape(node))
+
+
+def _split(lift: Lift, node: fx.Node) -> Any:
+    held, start, parts = g.value(node), 0, []
+    dim = g.arguments(node).get("dim", 0)
+    if not isinstance(held, (tuple, list)):
         return None
-    root = lift.ring.power(lift.ring.mul(square, lift.count()), Fraction(1, 2))
-    return None if root is None else Lifted(root, mean[1])
+    for part in held:
+        parts.append(_sliced(lift, node.args[0], dim, start, tuple(part.shape)))
+        if not isinstance(part.shape[dim], int):
+            return None
+        start += part.shape[dim]
+    return tuple(parts)
+
+
+def _sliced(lift: Lift, source: Any, dim: int, start: int, shape: Any) -> Lifted | None:
+    value = lift.value_of(source) if isinstance(source, fx.Node) else None
+    if not isinstance(value, Lifted) or shape is None:
+        return None
+    if str(tuple(shape)) == str(g.shape(source)):
+        return value
+    dim %= len(shape)
+    if len(value.layout[dim]) != 1:
+        return None
+    (axis,) = value.layout[dim]
+    part = lift.axes.slice(axis, start, shape[dim])
+    poly = lift.ring.sliced(value.poly, axis, part)
+    layout = tuple((part,) if i == dim else axes for i, axes in enumerate(value.layout))
+    return None if poly is None else Lifted(poly, layout)
 
 
 def _getitem(lift: Lift, node: fx.Node) -> Any:
@@ -207,46 +345,78 @@ def _getitem(lift: Lift, node: fx.Node) -> Any:
 
 
 def _view(lift: Lift, node: fx.Node) -> Any:
-    """A view that only adds or drops dims of size one."""
-    source = node.args[0]
+    """A view groups the same axes into other dims; one that would cut an axis has no layout."""
+    source, shape = node.args[0], g.shape(node)
     value = lift.value_of(source) if isinstance(source, fx.Node) else None
-    old, new = g.shape(source) if isinstance(source, fx.Node) else None, g.shape(node)
-    if not isinstance(value, Lifted) or old is None or new is None:
+    if not isinstance(value, Lifted) or shape is None:
         return None
-    kept = [(s, a) for s, a in zip(old, value.axes, strict=True) if not is_one(s)]
-    wanted = [s for s in new if not is_one(s)]
-    if len(kept) != len(wanted) or any(
-        str(s) != str(w) for (s, _), w in zip(kept, wanted, strict=True)
-    ):
+    layout = lift.axes.view(value.layout, shape)
+    if layout is None:
         lift.stuck = Stuck("view-mixes-dims", node)
         return None
-    axes_of = iter(a for _, a in kept)
-    return Lifted(value.poly, tuple(None if is_one(s) else next(axes_of) for s in new))
+    return Lifted(value.poly, layout)
 
 
 def _expand(lift: Lift, node: fx.Node) -> Any:
-    source = node.args[0]
+    """Constant along an expanded dim, which then stands for the axes of x there."""
+    source, shape = node.args[0], g.shape(node)
     value = lift.value_of(source) if isinstance(source, fx.Node) else None
-    new = g.shape(node)
-    if not isinstance(value, Lifted) or new is None:
+    if not isinstance(value, Lifted) or shape is None:
         return None
-    axes: list[int | None] = [None] * (len(new) - len(value.axes)) + list(value.axes)
-    if (
-        len(new) == lift.rank
-    ):  # constant along an expanded dim, which then stands for the axis of x there
-        taken = set(axes)
-        axes = [i if a is None and i not in taken else a for i, a in enumerate(axes)]
-    return Lifted(value.poly, tuple(axes))
+    layout = lift.placed([()] * (len(shape) - len(value.layout)) + list(value.layout), shape)
+    return None if layout is None else Lifted(value.poly, layout)
 
 
-def _permute(lift: Lift, node: fx.Node) -> Any:
+def _repeat(lift: Lift, node: fx.Node) -> Any:
+    """A repetition of dims of size one is an expansion; of others it is not."""
+    sizes = g.shape(node.args[0])
+    if sizes is None:
+        return None
+    times: Any = node.args[1]
+    offset = len(times) - len(sizes)
+    repeated = [sizes[i - offset] for i, n in enumerate(times) if n != 1 and i >= offset]
+    return _expand(lift, node) if all(size == 1 for size in repeated) else None
+
+
+def _arranged(lift: Lift, node: fx.Node) -> Any:
     source = node.args[0]
     value = lift.value_of(source) if isinstance(source, fx.Node) else None
     if not isinstance(value, Lifted):
         return None
-    order = g.permutation(node, len(value.axes))
-    return Lifted(value.poly, tuple(value.axes[d] for d in order))
+    order = g.permutation(node, len(value.layout))
+    return Lifted(value.poly, arranged(order, value.layout))
 
+
+# What is read as a part of the average pool after it.
+PADS = frozenset({aten.pad, aten.constant_pad_nd})
+# Operators that group the same elements into other dims, and such as put dims in another order.
+VIEWS = frozenset(
+    {
+        aten.view,
+        aten.reshape,
+        aten._unsafe_view,
+        aten.unsqueeze,
+        aten.squeeze,
+        aten.flatten,
+        aten.unflatten,
+        aten.view_as,
+        aten.reshape_as,
+    }
+)
+ARRANGEMENTS = frozenset(
+    {
+        aten.permute,
+        aten.transpose,
+        aten.t,
+        aten.movedim,
+        aten.moveaxis,
+        aten.swapaxes,
+        aten.swapdims,
+        aten.numpy_T,
+        aten.mT,
+        aten.adjoint,
+    }
+)
 
 RULES: dict[Any, Rule] = {
     # law                           a, b -> result
@@ -273,6 +443,7 @@ RULES: dict[Any, Rule] = {
     aten.clamp_min: _clamp,
     aten.clip: _clamp,
     aten.maximum: _clamp,
+    aten.max: _clamp,
     aten.addcmul: _addcmul,
     aten.addcdiv: _addcmul,
     aten.lerp: _lerp,
@@ -286,8 +457,8 @@ RULES: dict[Any, Rule] = {
     aten.detach: _same,
     aten.dropout: _same,
     # statistics
-    aten.mean: _mean,
-    aten.sum: _sum,
+    aten.mean: _reduction(_mean),
+    aten.sum: _reduction(_sum),
     aten.adaptive_avg_pool1d: _adaptive_mean,
     aten.adaptive_avg_pool2d: _adaptive_mean,
     aten.var: _variance(root=False, with_mean=False),
@@ -298,15 +469,28 @@ RULES: dict[Any, Rule] = {
     aten.linalg_vector_norm: _norm,
     aten.frobenius_norm: _norm,
     operator.getitem: _getitem,
-    # views of a statistic
-    aten.view: _view,
-    aten.reshape: _view,
-    aten.unsqueeze: _view,
-    aten.squeeze: _view,
-    aten.flatten: _view,
-    aten.unflatten: _view,
+    aten.avg_pool1d: _window_mean,
+    aten.avg_pool2d: _window_mean,
+    aten.avg_pool3d: _window_mean,
+    aten.dot: _contraction("i,i->"),
+    aten.vdot: _contraction("i,i->"),
+    aten.mv: _contraction("ij,j->i"),
+    aten.bmm: _contraction("bij,bjk->bik"),
+    aten.einsum: _contraction(),
+    # functions of which only the name is known
+    aten.sigmoid: _function("sigmoid", nonnegative=True),
+    aten.silu: _function("sigmoid", nonnegative=True, times_argument=True),
+    aten.tanh: _function("tanh"),
+    # other looks at the same numbers
+    **dict.fromkeys(VIEWS, _view),
+    **dict.fromkeys(ARRANGEMENTS, _arranged),
     aten.expand: _expand,
     aten.expand_as: _expand,
-    aten.permute: _permute,
-    aten.transpose: _permute,
+    aten.repeat: _repeat,
+    aten.tile: _repeat,
+    aten.slice: _slice,
+    aten.narrow: _slice,
+    aten.split: _split,
+    aten.split_with_sizes: _split,
+    aten.chunk: _split,
 }

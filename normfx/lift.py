@@ -1,15 +1,13 @@
-"""Lift: ATen operators to polynomials of one site (a tensor x and the dims of its statistics).
+"""Lift: ATen operators to polynomials of one site, which is a tensor x and what is made of it.
 
 The operators it knows are the table `RULES` in `laws.py`. What is not in the table is opaque, and
-so are values that do not depend on x.
-
-A lifted value carries, beside its polynomial, which axis of x each of its dims stands for. So a
-statistic that is broadcast along the wrong axis (a square matrix hides that from shapes) is not
-mistaken for one that is not.
+so are values that do not depend on x. Beside its polynomial a lifted value carries which axes of x
+each of its dims stands for (`layout.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -18,27 +16,50 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.algebra import Poly, Ring, number
-from normfx.laws import RULES
-from normfx.lifted import Axes, Lifted, Stuck, is_one, literal, normal_dims
+from normfx.laws import ARRANGEMENTS, PADS, RULES, VIEWS
+from normfx.layout import Axes, Layout, arranged, is_one, plain
+from normfx.lifted import Lifted, Operand, Reduced, Stuck, literal, normal_dims
+
+_KNOWN = RULES.keys() | PADS
 
 
 class Lift:
-    """The lift of one site. `value_of` answers for any node; None: opaque, or not provable."""
+    """The lift of one site. `value_of` answers for any node; None: opaque, or not provable.
+
+    Args:
+        x: the tensor.
+        order: the place of each node in the graph.
+        grad: whether gradients flow (then `detach` is no identity).
+        path: nodes from x to a statistic: where views among them cut a dim of x, its axes are cut.
+        like: the axes that x has, and its layout among them, where they are known already.
+    """
 
     # How many operators behind an operand are searched for x: a spelled-out norm has about ten in
     # all.
     REACH = 48
 
     def __init__(
-        self, x: fx.Node, dims: frozenset[int], order: dict[fx.Node, int], *, grad: bool
+        self,
+        x: fx.Node,
+        order: dict[fx.Node, int],
+        *,
+        grad: bool,
+        path: Sequence[fx.Node] = (),
+        like: tuple[Axes, Layout] | None = None,
     ) -> None:
-        self.x, self.dims, self.order, self.grad = x, dims, order, grad
-        self.rank = len(g.shape(x) or ())
-        self.ring = Ring(range(self.rank), dims)
+        self.x, self.order, self.grad = x, order, grad
+        if like is None:
+            self.axes = Axes(g.shape(x) or ())
+            self.layouts = _cut(self.axes, path)
+            layout = self.axes.whole
+        else:
+            self.axes, layout = like
+            self.layouts = [layout, self.axes.whole]
+        self.ring = Ring(self.axes.all())
         self.stuck: Stuck | None = None
         self.first = order[x]
-        self.floats: dict[fx.Node, torch.SymFloat] = {}
-        self.values: dict[fx.Node, Any] = {x: Lifted(self.ring.x, tuple(range(self.rank)))}
+        self.floats: dict[Operand, torch.SymFloat] = {}
+        self.values: dict[fx.Node, Any] = {x: Lifted(self.ring.x, layout)}
         self._reaches: dict[fx.Node, bool] = {x: True}
 
     def value_of(self, node: fx.Node) -> Any:
@@ -66,7 +87,7 @@ class Lift:
             current = pending.pop()
             if (
                 self.order.get(current, -1) < self.first
-                or (g.packet(current) or current.target) not in RULES
+                or (g.packet(current) or current.target) not in _KNOWN
             ):
                 continue
             for source in current.all_input_nodes:
@@ -77,48 +98,44 @@ class Lift:
         self._reaches[node] = found
         return found
 
-    def operand(self, argument: Any, rank: int) -> Lifted | None:
-        """An argument of an elementwise operator with a result of this rank: lifted or opaque."""
+    def operand(self, argument: Any, layout: Layout) -> Poly | None:
+        """An argument of an elementwise operator whose result has this layout: lifted or opaque."""
         if isinstance(argument, (int, float)) and not isinstance(argument, bool):
-            return Lifted(number(argument), ())
+            return number(argument)
         if not isinstance(argument, fx.Node):
             return None
         lifted = self.value_of(argument)
         if isinstance(lifted, Lifted):
-            return lifted
+            return lifted.poly
         constant = literal(argument)
         if constant is not None:
-            return Lifted(number(constant), ())
+            return number(constant)
         held = g.value(argument)
         if isinstance(held, torch.SymFloat):
-            self.floats[argument] = held
-            return Lifted(self.ring.opaque(argument), ())
+            self.floats[Operand(argument, ())] = held
+            return self.ring.opaque(Operand(argument, ()))
         if isinstance(held, torch.SymInt):
-            return Lifted(self.symbol(held), ())
+            return self.quantity(plain(held))
         sizes = g.shape(argument)
         if sizes is None or not (held.is_floating_point() or (not sizes and not held.is_complex())):
             return None
-        if len(sizes) > rank:
+        offset = len(layout) - len(sizes)
+        mine = tuple(() if is_one(s) else layout[offset + i] for i, s in enumerate(sizes))
+        if offset < 0 or not all(dim or is_one(s) for dim, s in zip(mine, sizes, strict=True)):
             return None
-        if rank != self.rank and any(s != 1 for s in sizes):
-            return None  # an operand that meets a reduced value: its axes would be a guess
-        offset = rank - len(sizes)
-        axes = tuple(None if is_one(s) else offset + i for i, s in enumerate(sizes))
-        return Lifted(self.ring.opaque(argument, (a for a in axes if a is not None)), axes)
+        return self.ring.opaque(Operand(argument, mine), (axis for dim in mine for axis in dim))
 
-    def symbol(self, held: Any) -> Poly:
-        """A symbolic number: a product of opaque positive sizes, or one opaque number."""
-        expression = getattr(getattr(held, "node", None), "expr", None)
-        if expression is None:
-            return number(held)
+    def quantity(self, size: Any) -> Poly:
+        """A number of elements: a number, or a product of opaque positive sizes."""
+        if isinstance(size, int):
+            return number(size)
         result = number(1)
-        for factor in expression.args if getattr(expression, "is_Mul", False) else (expression,):
+        for factor in size.args if getattr(size, "is_Mul", False) else (size,):
             if factor.is_Integer:
                 result = result.scaled(Fraction(int(factor)))
             else:
-                result = self.ring.mul(
-                    result, self.ring.opaque(("symbol", str(factor)), nonnegative=True)
-                )
+                symbol = self.ring.opaque(("symbol", str(factor)), nonnegative=True)
+                result = self.ring.mul(result, symbol)
         return result
 
     def settled(self, p: Poly) -> Poly | None:
@@ -143,79 +160,105 @@ class Lift:
             total = total + term
         return total
 
-    def count(self) -> Poly:
-        """n: how many elements a statistic is taken over."""
-        sizes = g.shape(self.x)
-        assert sizes is not None
-        total = number(1)
-        for dim in sorted(self.dims):
-            size = sizes[dim]
-            total = self.ring.mul(
-                total, number(size) if isinstance(size, int) else self.symbol(size)
-            )
-        return total
+    def count(self, axes: Iterable[int]) -> Poly:
+        """How many elements there are along some axes of x."""
+        return self.quantity(self.axes.size(axes))
+
+    def seen_as(self, layout: Layout) -> fx.Node | None:
+        """The first node that holds x itself in this layout: x, a view or a cast of it."""
+        found = [
+            node
+            for node, value in self.values.items()
+            if isinstance(value, Lifted)
+            and value.layout == layout
+            and value.poly.terms == self.ring.x.terms
+        ]
+        return min(found, key=self.order.__getitem__, default=None)
 
     # -- building blocks of the rules ------------------------------------------------------------
 
-    def elementwise(self, node: fx.Node, arguments: list[Any]) -> tuple[list[Poly], Axes] | None:
-        """The operands of an elementwise operator and the axes of its result, if these agree."""
+    def elementwise(
+        self, node: fx.Node, arguments: Sequence[Any]
+    ) -> tuple[list[Poly], Layout] | None:
+        """The operands of an elementwise operator and the layout of its result, if they agree."""
         sizes = g.shape(node)
         if sizes is None:
             return None
-        rank = len(sizes)
-        lifted = [self.operand(a, rank) for a in arguments]
-        axes: list[int | None] = [None] * rank
-        for value in lifted:
-            if value is None:
-                return None
-            offset = rank - len(value.axes)
-            for i, axis in enumerate(value.axes):
-                if axis is None:
-                    continue
-                if axes[offset + i] not in (None, axis):
+        dims: list[tuple[int, ...]] = [()] * len(sizes)
+        for argument in arguments:
+            value = self.value_of(argument) if isinstance(argument, fx.Node) else None
+            if not isinstance(value, Lifted):
+                continue
+            offset = len(sizes) - len(value.layout)
+            for i, dim in enumerate(value.layout):
+                if dim and dims[offset + i] not in ((), dim):
                     self.stuck = Stuck("broadcast-axis-differs", node)
                     return None
-                axes[offset + i] = axis
-        return [value.poly for value in lifted if value is not None], tuple(axes)
+                dims[offset + i] = dim or dims[offset + i]
+        layout = self.placed(dims, sizes)
+        if layout is None:
+            return None
+        operands = [self.operand(a, layout) for a in arguments]
+        found = [p for p in operands if p is not None]
+        return (found, layout) if len(found) == len(operands) else None
 
-    def reduce(
-        self, node: fx.Node, source: Any, dims: Any, keepdim: bool
-    ) -> tuple[Poly, Axes] | None:
-        """E over dims of a lifted value, if these are the dims of the site."""
-        value = self.value_of(source) if isinstance(source, fx.Node) else None
-        if not isinstance(value, Lifted):
-            return None
-        reduced = normal_dims(dims, len(value.axes))
-        if {value.axes[d] for d in reduced} != set(self.dims):
-            self.stuck = Stuck("reduction-over-other-dims", node)
-            return None
-        mean = self.ring.expectation(value.poly)
-        if mean is None:
-            self.stuck = Stuck("statistic-of-another-tensor", node)
-            return None
-        axes = tuple(None if i in reduced else a for i, a in enumerate(value.axes))
-        if not keepdim:
-            axes = tuple(a for i, a in enumerate(axes) if i not in reduced)
-        return mean, axes
+    def placed(self, dims: Sequence[tuple[int, ...]], sizes: Sequence[Any]) -> Layout | None:
+        """The layout of a value of which some dims are known: as x is laid out, where that fits."""
+        if all(dim or is_one(size) for dim, size in zip(dims, sizes, strict=True)):
+            return tuple(dims)
+        for layout in self.layouts:
+            if len(layout) == len(dims) and all(
+                dim == axes if dim else is_one(size) or self.axes.size(axes) == plain(size)
+                for dim, axes, size in zip(dims, layout, sizes, strict=True)
+            ):
+                return tuple(
+                    () if is_one(size) else axes for axes, size in zip(layout, sizes, strict=True)
+                )
+        return None
 
-    def moments(
-        self, node: fx.Node, dims: Any, correction: Any, keepdim: bool
-    ) -> tuple[Lifted, Lifted] | None:
-        """(variance, mean) of a lifted value of degree one."""
-        source = node.args[0]
+    def reduce(self, source: Any, dims: Any, keepdim: bool) -> Reduced | None:
+        """A reduction of a lifted value over some of its dims, before what it does there."""
         value = self.value_of(source) if isinstance(source, fx.Node) else None
-        first = self.reduce(node, source, dims, keepdim)
-        if first is None or not isinstance(value, Lifted):
+        sizes = g.shape(source)
+        if not isinstance(value, Lifted) or sizes is None:
             return None
-        mean, axes = first
-        square = self.ring.expectation(self.ring.mul(value.poly, value.poly))
-        if square is None:
-            return None
-        variance = square - self.ring.mul(mean, mean)
-        if correction:
-            n = self.count().constant()
-            if n is None or n <= correction:
-                self.stuck = Stuck("symbolic-correction", node)
-                return None
-            variance = variance.scaled(n / (n - Fraction(correction)))
-        return Lifted(variance, axes), Lifted(mean, axes)
+        reduced = normal_dims(dims, len(sizes))
+        count = number(1)
+        for d in sorted(reduced):
+            count = self.ring.mul(count, self.quantity(plain(sizes[d])))
+        layout = tuple(
+            () if d in reduced else axes
+            for d, axes in enumerate(value.layout)
+            if keepdim or d not in reduced
+        )
+        over = frozenset(axis for d in reduced for axis in value.layout[d])
+        return Reduced(value.poly, over, count, layout)
+
+
+def _cut(axes: Axes, path: Sequence[fx.Node]) -> list[Layout]:
+    """Cuts the axes of x where views between x and a statistic cut a dim; returns the layouts."""
+    steps: list[fx.Node] = []
+    for node in path:
+        packet = g.packet(node)
+        if packet not in VIEWS and packet not in ARRANGEMENTS:
+            continue
+        steps.append(node)
+        if not _walked(axes, steps, split=True):
+            steps.pop()
+            break
+    return _walked(axes, steps, split=False)
+
+
+def _walked(axes: Axes, steps: Sequence[fx.Node], *, split: bool) -> list[Layout]:
+    """The layouts of x and of each view on the way; none if one of them has none."""
+    layouts = [axes.whole]
+    for node in steps:
+        shape = g.shape(node) or ()
+        if g.packet(node) in ARRANGEMENTS:
+            after = arranged(g.permutation(node, len(shape)), layouts[-1])
+        else:
+            after = axes.view(layouts[-1], shape, split=split)
+        if after is None:
+            return []
+        layouts.append(after)
+    return layouts

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from normfx import graph as g
 from normfx.algebra import Poly
+from normfx.layout import Layout
 
 aten = torch.ops.aten
-
-Axes: TypeAlias = "tuple[int | None, ...]"
 
 
 @dataclass(frozen=True, slots=True)
 class Lifted:
-    """A polynomial, and the axis of x behind each dim of the value (None: constant along it)."""
+    """A polynomial, and the axes of x behind each dim of the value (none: constant along it)."""
 
     poly: Poly
-    axes: Axes
+    layout: Layout
+
+
+class Operand(NamedTuple):
+    """What an opaque atom stands for: a node, and the axes of x behind each of its dims."""
+
+    node: fx.Node
+    layout: Layout
+
+
+class Reduced(NamedTuple):
+    """A reduction of `poly` over the axes `over`: `number` elements each, to a `layout`."""
+
+    poly: Poly
+    over: frozenset[int]
+    number: Poly
+    layout: Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +90,3 @@ def literal(node: fx.Node) -> float | int | None:
     if packet in (aten.ones, aten.ones_like, aten.zeros, aten.zeros_like):
         return 1 if "ones" in str(packet) else 0
     return None
-
-
-def is_one(size: Any) -> bool:
-    """Whether a size is the number one: a symbolic size never is."""
-    return isinstance(size, int) and size == 1

@@ -13,11 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from normfx.families import FAMILIES
+
 
 class NormSpec(NamedTuple):
     """What a normalization computes, apart from its operands.
 
         y = scale * (x - centre*mean) / root * weight + bias
+
+    or the body of a family (`families.py`) times weight plus bias. With a gate, x * sigmoid(gate*x)
+    stands for the x that is divided.
 
     | eps_place | root |
     | --- | --- |
@@ -32,17 +37,24 @@ class NormSpec(NamedTuple):
     Attributes:
         kind: the usual name, for reports ("LayerNorm", "RMSNorm", "L2Norm", "GroupNorm", ...).
         dims: the dims of x (non-negative) that the statistics are taken over; with groups, those of
-            x viewed as (batch, groups, channels // groups, *rest).
-        statistic: S: "variance", "mean-square", "sum-square", or "running" (given mean and
-            variance), or "batch" (BatchNorm in training: variance, and the running statistics are
-            updated), or "static" (the
-            statistics are in the weight already: y = (x - running_mean) * weight + bias).
+            x with that dim viewed as (groups, size // groups).
+        statistic: S: "variance", "mean-square", "sum-square", "compressed" (of n + 1 numbers whose
+            sum is zero and of which x has n: (sum of x^2 + (sum of x)^2) / (n + 1)), or "running"
+            (given mean and variance), or "batch" (BatchNorm in training: variance, and the running
+            statistics are updated), or "static" (the statistics are in the weight already:
+            y = (x - running_mean) * weight + bias), or the name of a family.
         centre: whether the mean is subtracted.
         correction: what is taken from the number of elements in a variance (1: unbiased).
         eps: the number, or None: an operand holds it.
         eps_place: where eps stands.
         scale: a number in front.
-        groups: how many groups the channels (dim 1) are split into; 0: no groups.
+        groups: how many groups a dim is split into; 0: no groups.
+        group_dim: that dim.
+        prefix: how many elements of the last of the dims the statistics are taken over; 0: all.
+        beyond: further dims, of families that take two statistics.
+        window: the number of neighbours, of families that have a window.
+        alpha: what multiplies the statistic, of families that have it.
+        power: of the root, of families that have one.
         stats_dtype: the dtype that statistics are computed in; for float16 and bfloat16 at least
             float32.
         norm_dtype: what (x - mean) / root is rounded to before weight and bias are applied.
@@ -64,6 +76,12 @@ class NormSpec(NamedTuple):
     eps_place: str = "inside"
     scale: float = 1.0
     groups: int = 0
+    group_dim: int = 1
+    prefix: int = 0
+    beyond: tuple[int, ...] = ()
+    window: int = 0
+    alpha: float = 1.0
+    power: float = 1.0
     stats_dtype: torch.dtype = torch.float32
     norm_dtype: torch.dtype = torch.float32
     out_dtype: torch.dtype = torch.float32
@@ -78,8 +96,9 @@ def norm(
     weight: Any = None,
     bias: Any = None,
     eps: Any = None,
-    running_mean: Any = None,
-    running_var: Any = None,
+    mean: Any = None,
+    square: Any = None,
+    gate: Any = None,
     *,
     spec: NormSpec,
     rank: int,
@@ -89,7 +108,7 @@ def norm(
     Shapes:
         x: any of this rank. weight, bias: broadcast against x, or (channels,) with
             `spec.affine_dim`.
-        running_mean, running_var: (channels,).
+        mean, square: (channels,) for "running" and "batch"; else they broadcast against x.
 
     Dtypes:
         statistics in `spec.stats_dtype`, the affine part by torch's promotion from
@@ -100,41 +119,48 @@ def norm(
         weight: factor, or None.
         bias: summand, or None.
         eps: a tensor in place of `spec.eps`, or None.
-        running_mean: statistics of "running" and "batch".
-        running_var: statistics of "running" and "batch".
+        mean: the mean, where it is given: the running one, or one that others read too.
+        square: S, where it is given; of a family, the operand that its body calls `given`.
+        gate: of norms that have one.
         spec: what to compute.
         rank: the number of dims of x (a proxy cannot be asked).
     """
     if spec.statistic == "batch":
         return torch.batch_norm(
-            x, weight, bias, running_mean, running_var, True, spec.momentum, _eps(spec, eps), False
+            x, weight, bias, mean, square, True, spec.momentum, _eps(spec, eps), False
         )
-    affine_rank = rank
+    given = [mean, square, gate]
     h = x.to(spec.stats_dtype)
+    mean, square, gate = (None if g is None else g.to(spec.stats_dtype) for g in given)
+    top = h if gate is None else h * torch.sigmoid(gate * h)
     if spec.groups:
-        h = h.unflatten(1, (spec.groups, -1))
-        rank += 1
-    if spec.statistic == "running":
+        h = h.unflatten(spec.group_dim, (spec.groups, -1))
+        top = top.unflatten(spec.group_dim, (spec.groups, -1))
+    family = FAMILIES.get(spec.statistic)
+    if family is not None:
+        h = family.body(h, spec, eps=_eps(spec, eps), gate=gate, given=square)
+    elif spec.statistic == "static":
+        h = h if mean is None else h - mean
+    elif spec.statistic == "running":
         shape = [1] * rank
         shape[1 if rank > 1 else 0] = -1
-        divisor = _inverse_root(running_var.to(spec.stats_dtype).reshape(shape), spec, eps)
-        h = h - running_mean.to(spec.stats_dtype).reshape(shape)
-        h = h * divisor
-    elif spec.statistic == "static":
-        h = h if running_mean is None else h - running_mean
+        h = (h - mean.reshape(shape)) * _inverse_root(square.reshape(shape), spec, eps)
     else:
-        divisor, inverse = _divisor(h, spec, eps)
-        h = h - h.mean(spec.dims, keepdim=True) if spec.centre else h
+        part = h.narrow(spec.dims[-1], 0, spec.prefix) if spec.prefix else h
+        if spec.centre and mean is None:
+            mean = part.mean(spec.dims, keepdim=True)
+        divisor, inverse = _divisor(part, spec, eps, square)
+        h = top - mean if spec.centre else top
         h = h * divisor if inverse else h / divisor
     if spec.scale != 1.0:
         h = h * spec.scale
     if spec.groups:
-        h = h.flatten(1, 2)
+        h = h.flatten(spec.group_dim, spec.group_dim + 1)
     h = h.to(spec.norm_dtype)
     if weight is not None:
-        h = h * _aligned(weight, spec, affine_rank)
+        h = h * _aligned(weight, spec, rank)
     if bias is not None:
-        h = h + _aligned(bias, spec, affine_rank)
+        h = h + _aligned(bias, spec, rank)
     h = h.to(spec.out_dtype)
     return h.contiguous() if spec.contiguous else h
 
@@ -143,31 +169,43 @@ def _eps(spec: NormSpec, eps: Any) -> Any:
     return spec.eps if eps is None else eps
 
 
-def _divisor(h: Any, spec: NormSpec, eps: Any) -> tuple[Any, bool]:
+def _divisor(h: Any, spec: NormSpec, eps: Any, square: Any) -> tuple[Any, bool]:
     """(1/root, True) where eps stands under the square root, else (root, False).
 
     A root without eps under it has an infinite slope at zero; the norm and the deviation of torch
     give a zero row a zero gradient there, as `F.normalize` has it.
     """
-    e = _eps(spec, eps)
-    variance = spec.statistic == "variance"
     if spec.eps_place in ("outside", "floor"):
-        if variance:
-            root = torch.std(h, spec.dims, correction=spec.correction, keepdim=True)
-        elif spec.statistic == "sum-square":
-            root = torch.linalg.vector_norm(h, 2, spec.dims, keepdim=True)
-        else:
-            root = torch.sqrt((h * h).mean(spec.dims, keepdim=True))
+        e = _eps(spec, eps)
+        root = _root(h, spec) if square is None else torch.sqrt(square)
         if spec.eps_place == "floor":
             return _at_least(root, e), False
         return (root + e if eps is not None or e else root), False
-    if variance:
-        square = torch.var(h, spec.dims, correction=spec.correction, keepdim=True)
-    elif spec.statistic == "sum-square":
-        square = (h * h).sum(spec.dims, keepdim=True)
-    else:
-        square = (h * h).mean(spec.dims, keepdim=True)
+    if square is None:
+        square = _square(h, spec)
     return _inverse_root(square, spec, eps), True
+
+
+def _root(h: Any, spec: NormSpec) -> Any:
+    """sqrt(S)."""
+    if spec.statistic == "variance":
+        return torch.std(h, spec.dims, correction=spec.correction, keepdim=True)
+    if spec.statistic == "sum-square":
+        return torch.linalg.vector_norm(h, 2, spec.dims, keepdim=True)
+    return torch.sqrt(_square(h, spec))
+
+
+def _square(h: Any, spec: NormSpec) -> Any:
+    """S."""
+    if spec.statistic == "variance":
+        return torch.var(h, spec.dims, correction=spec.correction, keepdim=True)
+    if spec.statistic == "compressed":
+        n = math.prod(h.shape[d] for d in spec.dims)
+        left_out = h.sum(spec.dims, keepdim=True)  # without its sign
+        return ((h * h).sum(spec.dims, keepdim=True) + left_out * left_out) / (n + 1)
+    if spec.statistic == "sum-square":
+        return (h * h).sum(spec.dims, keepdim=True)
+    return (h * h).mean(spec.dims, keepdim=True)
 
 
 def _inverse_root(square: Any, spec: NormSpec, eps: Any) -> Any:

@@ -16,6 +16,8 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.algebra import Poly
+from normfx.laws import ARRANGEMENTS, VIEWS
+from normfx.layout import Layout
 from normfx.lift import Lift
 from normfx.lifted import Lifted
 from normfx.ops import NormSpec
@@ -29,37 +31,90 @@ _CASTS = frozenset({aten.to, aten._to_copy, aten.type_as})
 
 
 def extend(facts: Facts, node: fx.Node, core: Core) -> tuple[fx.Node, Core, list[fx.Node]]:
-    """Takes in what follows a norm as long as it stays weight * norm + bias."""
+    """Takes in what follows a norm as long as it stays weight * norm + bias.
+
+    Views among it are taken in where x is at hand in the layout after them: a GroupNorm by hand
+    views x, normalizes, views back and then has its weight and bias.
+    """
     taken: list[fx.Node] = []
     if core.spec.statistic in ("batch", "static"):
         return node, core, taken
     last, closed = node, False
-    lift = Lift(node, frozenset(core.spec.dims), facts.order, grad=facts.grad)
+    core = core if core.lift is not None else _in_views(facts, core)
+    assert core.lift is not None
+    layout: Layout = core.lift.values[core.x].layout
+    lift = Lift(node, facts.order, grad=facts.grad, like=(core.lift.axes, layout))
     best = (node, core, taken)
     while len(last.users) == 1 and not closed:
         (user,) = last.users
         value = lift.value_of(user) if user in facts.order and user.op == "call_function" else None
-        if not isinstance(value, Lifted) or value.axes != tuple(range(lift.rank)):
+        if not isinstance(value, Lifted):
             break
-        if [str(s) for s in g.shape(user) or ()] != [str(s) for s in g.shape(node) or ()]:
-            break
-        extended = _with_affine(facts, lift, user, value.poly, core, best[1])
+        base, committed = core, best[1]
+        if value.layout != layout:
+            seen = _seen_in(core, value.layout) if _is_plain(committed) else None
+            if seen is None:
+                if not _is_plain(committed) or g.packet(user) not in VIEWS | ARRANGEMENTS:
+                    break
+                taken, last = [*taken, user], user
+                continue
+            base = seen
+        extended = _with_affine(facts, lift, user, value, base, committed)
         if extended is None:
             break
         taken = [*taken, user]
         last = user
-        cast_after_affine = g.packet(user) in (aten.to, aten._to_copy, aten.type_as) and (
-            extended.weight is not None or extended.bias is not None
-        )
+        cast_after_affine = g.packet(user) in _CASTS and not _is_plain(extended)
         closed = cast_after_affine and g.dtype(user) != g.dtype(user.args[0])
-        best = (last, extended, taken)
+        if base is core or not _is_plain(extended) or _is_home(core, value.layout):
+            core, layout = base, value.layout
+            best = (last, extended, taken)
     return best
 
 
+def _in_views(facts: Facts, core: Core) -> Core:
+    """An operator of ATen in a lift of what its x is a view of."""
+    path = [core.x]
+    while _is_plain(core) and g.packet(path[-1]) in VIEWS | ARRANGEMENTS:
+        source = path[-1].args[0]
+        if not isinstance(source, fx.Node):
+            break
+        path.append(source)
+    path.reverse()
+    lift = Lift(path[0], facts.order, grad=facts.grad, path=path[1:])
+    if not isinstance(lift.value_of(core.x), Lifted):
+        lift = Lift(core.x, facts.order, grad=facts.grad)
+    layout: Layout = lift.values[core.x].layout
+    dims = () if core.spec.groups else core.spec.dims
+    return replace(core, lift=lift, over=frozenset(a for d in dims for a in layout[d]))
+
+
+def _is_plain(core: Core) -> bool:
+    return core.weight is None and core.bias is None
+
+
+def _is_home(core: Core, layout: Layout) -> bool:
+    """Whether a layout is that of x before it was viewed for the norm."""
+    return core.lift is not None and core.lift.axes.whole == layout
+
+
+def _seen_in(core: Core, layout: Layout) -> Core | None:
+    """The same norm of x in another view, if x is at hand in it."""
+    lift = core.lift
+    x = None if lift is None else lift.seen_as(layout)
+    placed = None if lift is None else lift.axes.placed(layout, core.over)
+    operands = (core.eps, core.mean, core.square, core.gate)
+    if x is None or placed is None or core.spec.beyond or any(o is not None for o in operands):
+        return None
+    if core.spec.affine_dim is not None:
+        return None
+    return replace(core, x=x, spec=core.spec._replace(kind="", **placed._asdict()))
+
+
 def _with_affine(
-    facts: Facts, lift: Lift, node: fx.Node, poly: Poly, core: Core, so_far: Core
+    facts: Facts, lift: Lift, node: fx.Node, value: Lifted, core: Core, so_far: Core
 ) -> Core | None:
-    inside, outside = lift.ring.split(poly, ("x",))
+    inside, outside = lift.ring.split(value.poly, ("x",))
     weight: dict[Any, Any] = {}
     for monomial, coefficient in inside.terms.items():
         rest = tuple((i, e) for i, e in monomial if i != 0)
@@ -76,7 +131,7 @@ def _with_affine(
             core, spec=_after(node, so_far, spec._replace(scale=spec.scale * float(number)))
         )
     has_weight, has_bias = number is None, bool(outside)
-    if not can_be_made(lift, factor) or not can_be_made(lift, outside):
+    if not all(can_be_made(lift, p, value.layout) for p in (factor, outside)):
         return None
     if (has_weight and (core.weight is not None or core.bias is not None)) or (
         has_bias and core.bias is not None
@@ -91,7 +146,7 @@ def _with_affine(
     if has_bias and not outside.atoms():
         return None  # a number is no bias
     static = all(
-        lift.ring.atoms[i].key in facts.constant for i in (factor.atoms() | outside.atoms())
+        lift.ring.atoms[i].key.node in facts.constant for i in (factor.atoms() | outside.atoms())
     )
     if not static and not _broadcasts(lift, factor, outside):
         return None
@@ -100,7 +155,7 @@ def _with_affine(
         and static
         and not has_weight
         and core.weight is None
-        and not _channel_like(lift, outside)
+        and not _channel_like(core.over, lift, outside)
     ):
         return None
     if spec.affine_dim is not None and (core.weight is not None or core.bias is not None):
@@ -108,9 +163,11 @@ def _with_affine(
     made = replace(core, spec=_after(node, so_far, spec._replace(affine_dim=None)))
     with facts.graph.inserting_before(node):
         if has_weight:
-            made = replace(made, weight=materialise(facts, lift, factor, node, spec.stats_dtype))
+            weight_node = materialise(facts, lift, factor, value.layout, node, spec.stats_dtype)
+            made = replace(made, weight=weight_node)
         if has_bias:
-            made = replace(made, bias=materialise(facts, lift, outside, node, spec.stats_dtype))
+            bias_node = materialise(facts, lift, outside, value.layout, node, spec.stats_dtype)
+            made = replace(made, bias=bias_node)
     return made
 
 
@@ -127,13 +184,11 @@ def _after(node: fx.Node, so_far: Core, spec: NormSpec) -> NormSpec:
 
 
 def _broadcasts(lift: Lift, *polys: Poly) -> bool:
-    """Whether each operand is constant along some dim that statistics are not taken over."""
-    sizes = g.shape(lift.x) or ()
-    others = {i for i, s in enumerate(sizes) if i not in lift.dims and str(s) != "1"}
+    """Whether each operand is constant along some axis of x."""
     return all(
-        not others <= lift.ring.atoms[i].varies for poly in polys for i in poly.atoms() if others
-    ) and bool(others)
+        not lift.ring.axes <= lift.ring.atoms[i].varies for poly in polys for i in poly.atoms()
+    )
 
 
-def _channel_like(lift: Lift, bias: Poly) -> bool:
-    return all(lift.ring.atoms[i].varies <= lift.dims for i in bias.atoms())
+def _channel_like(over: frozenset[int], lift: Lift, bias: Poly) -> bool:
+    return all(lift.ring.atoms[i].varies <= over for i in bias.atoms())

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from normfx import graph as g
+from normfx.lift import Lift
 from normfx.ops import NormSpec
 
 aten = torch.ops.aten
@@ -16,15 +17,34 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """A normalization found in a graph: its spec and the nodes it reads."""
+    """A normalization found in a graph: its spec and the nodes it reads.
+
+    Attributes:
+        spec, x, weight, bias, eps, mean, square, gate: see `ops.norm`.
+        lift: the lift that x was met in, if it may be read in another view too.
+        over: the axes that the statistic is taken over, in that lift.
+    """
 
     spec: NormSpec
     x: fx.Node
     weight: Any = None
     bias: Any = None
     eps: Any = None
-    running_mean: Any = None
-    running_var: Any = None
+    mean: Any = None
+    square: Any = None
+    gate: Any = None
+    lift: Lift | None = None
+    over: frozenset[int] = frozenset()
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """What the canonical node reads beside x, in the order of `ops.norm`."""
+        return self.weight, self.bias, self.eps, self.mean, self.square, self.gate
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """Every node that the canonical node reads."""
+        return [n for n in (self.x, *self.operands) if n is not None]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -39,7 +59,8 @@ def composite(node: fx.Node) -> Core | None:
     if reader is None:
         return None
     named = g.arguments(node)
-    x, out = named["input"], g.dtype(node)
+    x: Any = named.get("input", named.get("v"))
+    out = g.dtype(node)
     given = g.dtype(x) if isinstance(x, fx.Node) else None
     if given is None or out is None or not out.is_floating_point:
         return None
@@ -56,7 +77,7 @@ def composite(node: fx.Node) -> Core | None:
     return Core(
         spec,
         x,
-        named.get("weight"),
+        named.get("weight", named.get("g")),
         named.get("bias"),
         None,
         named.get("running_mean"),
@@ -114,6 +135,13 @@ def _batch_norm(named: dict[str, Any], rank: int) -> NormSpec:
     )
 
 
+def _weight_norm(named: dict[str, Any], rank: int) -> NormSpec:
+    """W = g * v / ||v||, the norm over all dims but one."""
+    dim = named["dim"]
+    over = tuple(d for d in range(rank) if dim == -1 or d != dim % rank)
+    return NormSpec("L2Norm", over, "sum-square", centre=False, eps=0.0, eps_place="outside")
+
+
 def _static(named: dict[str, Any], kind: str) -> NormSpec:
     return NormSpec(kind, (), "running", eps=named["eps"], affine_dim=1)
 
@@ -124,4 +152,5 @@ _READERS = {
     aten.group_norm: _group_norm,
     aten.instance_norm: _instance_norm,
     aten.batch_norm: _batch_norm,
+    aten._weight_norm: _weight_norm,
 }

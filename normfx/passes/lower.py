@@ -39,7 +39,7 @@ def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     spec: Any = node.kwargs["spec"]
     rank: Any = node.kwargs["rank"]
     args: Any = node.args
-    x, weight, bias, eps, mean, var = args
+    x, weight, bias, eps, mean, var, _ = args
     held = g.tensor(x)
     if (
         held is None
@@ -47,6 +47,7 @@ def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         or spec.scale != 1.0
         or spec.eps_place != "inside"
         or spec.correction
+        or spec.prefix
     ):
         return None
     affine = (weight, bias)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from normfx import graph as g
+from normfx.naming import name_of
 from normfx.ops import NormSpec, norm, short
 from normfx.passes.affine import extend
 from normfx.passes.composites import Core, composite
@@ -46,7 +47,7 @@ def recognise(gm: fx.GraphModule, journal: Journal, *, grad: bool) -> None:
         placed = _place(facts, node, core, region)
         if isinstance(placed, NearMiss):
             journal.near_misses.append(placed)
-        else:
+        elif placed is not None:
             sites.append(placed)
 
     for node in list(gm.graph.nodes):
@@ -77,24 +78,24 @@ def recognise(gm: fx.GraphModule, journal: Journal, *, grad: bool) -> None:
 
 def _place(
     facts: Facts, node: fx.Node, core: Core, region: list[fx.Node]
-) -> tuple[int, Site] | NearMiss:
+) -> tuple[int, Site] | NearMiss | None:
     """Puts a canonical node in place of a region and the affine part after it, if safe."""
-    refused = facts.unsafe(node, _inputs(core), region)
+    refused = facts.unsafe(node, core.inputs, region)
     if refused is not None:
         code, guilty = refused
-        detail = f"{core.spec.kind or _kind(core.spec)} not replaced"
+        detail = f"{_kind(facts, core)} not replaced"
         return NearMiss(_name(node), code, g.location(guilty), guilty.name, detail)
     last, extended, taken = extend(facts, node, core)
-    if taken and facts.unsafe(last, _inputs(extended), [*region, *taken]) is not None:
+    if taken and facts.unsafe(last, extended.inputs, [*region, *taken]) is not None:
         last, extended, taken = node, core, []
+    if core.spec.statistic == "tanh" and extended.weight not in facts.constant:
+        return None  # an activation
     x, rank = extended.x, len(g.shape(extended.x) or ())
-    spec = extended.spec
-    kind = spec.kind or _kind(spec)
-    if x in facts.constant:
-        kind = _WEIGHT_KINDS.get(kind, f"Weight{kind}")
-    spec = spec._replace(kind=kind, contiguous=_becomes_contiguous(x, last))
-    operands = (x, *_operands(extended))
+    spec = extended.spec._replace(
+        kind=_kind(facts, extended), contiguous=_becomes_contiguous(x, last)
+    )
     with facts.graph.inserting_after(last):
+        operands = (x, *extended.operands)
         made = facts.graph.call_function(norm, operands, {"spec": spec, "rank": rank})
     g.inherit_meta(made, last)
     facts.order[made] = facts.order[last]
@@ -109,32 +110,21 @@ def _place(
     return facts.order[last], site
 
 
-def _operands(core: Core) -> tuple[fx.Node | None, ...]:
-    return core.weight, core.bias, core.eps, core.running_mean, core.running_var
-
-
-def _inputs(core: Core) -> list[fx.Node]:
-    return [core.x, *(operand for operand in _operands(core) if operand is not None)]
-
-
-_WEIGHT_KINDS = {
-    "LayerNorm": "WeightStandardization",
-    "BatchNorm": "WeightStandardization",
-    "L2Norm": "WeightNorm",
-}
-
-
-def _kind(spec: NormSpec) -> str:
-    if spec.statistic == "variance":
-        return "LayerNorm" if spec.centre else "SimpleNorm"
-    if spec.centre:
-        return "CentredNorm"
-    return "L2Norm" if spec.statistic == "sum-square" and spec.scale == 1.0 else "RMSNorm"
+def _kind(facts: Facts, core: Core) -> str:
+    return name_of(
+        core.spec,
+        g.shape(core.x) or (),
+        g.shape(core.weight),
+        g.shape(core.gate),
+        on_weight=core.x in facts.constant,
+    )
 
 
 def _site(node: fx.Node, made: fx.Node, spec: NormSpec, rank: int) -> Site:
-    dims = tuple(range(1, rank)) if spec.groups else spec.dims
-    if spec.groups == 0 and dims and dims == tuple(range(rank - len(dims), rank)):
+    dims = spec.dims
+    if spec.groups:  # as dims of x itself: the cut dim counts as one
+        dims = tuple(sorted({d - (d > spec.group_dim) for d in dims}))
+    if dims and dims == tuple(range(rank - len(dims), rank)) and not (spec.groups and dims[1:]):
         dims = tuple(d - rank for d in dims)
     return Site(
         name=_name(node),

@@ -1,27 +1,31 @@
-"""Spelled-out norms: from a reduction to the values that are normalizations.
+"""Spelled-out norms: from a statistic to the values that are normalizations.
 
-Every reduction is a beginning. The tensors it may be a statistic of are tried in turn (through
-casts, squares and the subtraction of a mean), the operators after it are lifted to polynomials, and
-the first values that *are* normalizations, as identities of polynomials, are returned with their
-specs.
+Every statistic is a beginning. The tensors it may be a statistic of are tried in turn (through
+casts, views, squares and the subtraction of a mean), the operators after it are lifted to
+polynomials, and the first values that *are* normalizations, as identities of polynomials, are
+returned with their specs.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+import operator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import fx
 
 from normfx import graph as g
-from normfx.algebra import Poly, close
+from normfx.algebra import Atom, Poly, close
 from normfx.classify import Form, classify, evaluate
-from normfx.laws import RULES
+from normfx.families import FAMILIES, match_family
+from normfx.laws import ARRANGEMENTS, RULES, VIEWS
+from normfx.layout import Layout
 from normfx.lift import Lift
-from normfx.lifted import Lifted, normal_dims
+from normfx.lifted import Lifted, Operand
 from normfx.ops import NormSpec
 from normfx.passes.composites import Core, wide
 from normfx.passes.facts import Facts
@@ -44,8 +48,17 @@ REDUCTIONS = frozenset(
         aten.frobenius_norm,
         aten.adaptive_avg_pool1d,
         aten.adaptive_avg_pool2d,
+        aten.avg_pool1d,
+        aten.avg_pool2d,
+        aten.avg_pool3d,
+        aten.dot,
+        aten.mv,
+        aten.bmm,
+        aten.einsum,
+        aten.tanh,
     }
 )
+_PRODUCTS = frozenset({aten.dot, aten.mv, aten.bmm, aten.einsum})
 # What a statistic may be taken of, other than x itself.
 _LOOK_THROUGH = frozenset(
     {
@@ -64,6 +77,15 @@ _LOOK_THROUGH = frozenset(
         aten.detach,
         aten.dropout,
         aten.type_as,
+        aten.slice,
+        aten.narrow,
+        aten.split,
+        aten.split_with_sizes,
+        aten.pad,
+        aten.constant_pad_nd,
+        operator.getitem,
+        *VIEWS,
+        *ARRANGEMENTS,
     }
 )
 # A spelled-out norm, from its first statistic to its last operator, has about fifteen nodes; the
@@ -106,21 +128,23 @@ class Found:
 
 
 def spelled(facts: Facts, reduction: fx.Node) -> Found:
-    """The norms that a reduction is a statistic of."""
-    source = reduction.args[0]
-    held = g.tensor(source)
-    if not isinstance(source, fx.Node) or held is None:
+    """The norms that a value of `REDUCTIONS` is a statistic of."""
+    source = _source(facts, reduction)
+    if source is None:
         return Found()
-    dims = _dims(reduction, held.dim())
+    chain = _chain(source)
     missed: Found | None = None
-    for x in _roots(source):
+    seen: set[fx.Node] = set()  # other looks at an x that was tried
+    for depth, x in enumerate(chain):
         root = g.tensor(x)
-        if root is None or not root.is_floating_point() or not dims:
+        if x in seen or root is None or not root.is_floating_point():
             continue
-        lift = Lift(x, frozenset(dims), facts.order, grad=facts.grad)
-        if lift.value_of(reduction) is None:
+        lift = Lift(x, facts.order, grad=facts.grad, path=chain[depth + 1 :])
+        lifted = lift.value_of(reduction)
+        seen.update(n for n in chain if n is not x and _is_x(lift, n))
+        if lifted is None:
             if lift.stuck is not None and lift.stuck.law == "symbolic-correction":
-                missed = Found([], _after(reduction), _miss(lift, reduction))
+                missed = Found([], _after(reduction), _miss(facts, lift, reduction, reduction))
             continue
         matches, rooted = _forward(facts, lift, reduction)
         region = [n for n, v in lift.values.items() if v is not None and n is not x]
@@ -130,8 +154,29 @@ def spelled(facts: Facts, reduction: fx.Node) -> Found:
             return Found(made, region)
         rooted = matches[0][0] if matches else rooted
         if rooted is not None and missed is None:
-            missed = Found([], region, _miss(lift, rooted))
+            missed = Found([], region, _miss(facts, lift, rooted, reduction))
     return missed or Found()
+
+
+def _source(facts: Facts, reduction: fx.Node) -> fx.Node | None:
+    """The tensor that a value of `REDUCTIONS` may be a statistic of, or something made of it."""
+    source: Any = reduction.args[0]
+    if g.packet(reduction) is aten.tanh:  # of a parameter times x
+        inputs = source.all_input_nodes if g.packet(source) is aten.mul else []
+        varying = [i for i in inputs if i not in facts.constant]
+        return varying[0] if len(inputs) == 2 and len(varying) == 1 else None
+    if g.packet(reduction) in _PRODUCTS:  # of x with itself, or of parameters
+        source, *others = reduction.all_input_nodes
+        if reduction not in facts.constant and any(
+            _chain(o)[0] is not _chain(source)[0] for o in others
+        ):
+            return None
+    return source if isinstance(source, fx.Node) and g.tensor(source) is not None else None
+
+
+def _is_x(lift: Lift, node: fx.Node) -> bool:
+    value = lift.value_of(node)
+    return isinstance(value, Lifted) and value.poly.terms == lift.ring.x.terms
 
 
 def _after(node: fx.Node) -> list[fx.Node]:
@@ -144,16 +189,22 @@ def _after(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _dims(reduction: fx.Node, rank: int) -> set[int]:
-    if g.packet(reduction) in (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d):
-        return {rank - 1 - i for i in range(len(g.arguments(reduction)["output_size"]))}
-    return normal_dims(g.arguments(reduction).get("dim"), rank)
-
-
-def _miss(lift: Lift, rooted: fx.Node) -> Miss:
+def _miss(facts: Facts, lift: Lift, rooted: fx.Node, first: fx.Node) -> Miss:
+    """The first law that failed: of an operator, of the statistics, or of the form."""
     value, stuck = lift.values.get(rooted), lift.stuck
     if stuck is not None and stuck.law in _LAWS:
         return Miss(_LAWS[stuck.law], rooted, stuck.node)
+    over: set[Any] = set()
+    for node in sorted(lift.values, key=facts.order.__getitem__):
+        made = lift.values[node]
+        if g.packet(node) not in REDUCTIONS or not isinstance(made, Lifted):
+            continue
+        for atom in _moments(lift, made.poly):
+            over.add(atom.key)
+            if lift.ring.order_of(atom) is None:
+                return Miss(Refusal.OTHER_TENSOR, rooted, node)
+            if len(over) > 1:
+                return Miss(Refusal.OTHER_DIMS, rooted, node)
     reads_x = isinstance(value, Lifted) and any(
         lift.ring.atoms[i].has_x for i in value.poly.atoms()
     )
@@ -161,13 +212,24 @@ def _miss(lift: Lift, rooted: fx.Node) -> Miss:
     return Miss(code, rooted, rooted if stuck is None else stuck.node)
 
 
-def _roots(source: fx.Node) -> list[fx.Node]:
-    """The tensors that a reduction of `source` may be a statistic of, deepest first."""
+def _moments(lift: Lift, poly: Poly) -> list[Atom]:
+    """The moments of a polynomial, also those inside of roots."""
+    found: list[Atom] = []
+    for atom in (lift.ring.atoms[i] for i in sorted(poly.atoms())):
+        if atom.kind == "moment":
+            found.append(atom)
+        else:
+            found += [m for p in (atom.base, atom.other) if p for m in _moments(lift, p)]
+    return found
+
+
+def _chain(source: fx.Node) -> list[fx.Node]:
+    """The tensors that a statistic of `source` may be of, deepest first."""
     chain = [source]
     current = source
-    while g.packet(current) in _LOOK_THROUGH and len(chain) < 12:
+    while (g.packet(current) or current.target) in _LOOK_THROUGH and len(chain) < 16:
         inputs = [a for a in current.args[:2] if isinstance(a, fx.Node)]
-        if g.packet(current) in (aten.type_as,):
+        if g.packet(current) in (aten.type_as, aten.view_as, aten.reshape_as):
             inputs = inputs[:1]
         if len({_origin(i) for i in inputs}) == 1:
             current = inputs[0]
@@ -175,10 +237,18 @@ def _roots(source: fx.Node) -> list[fx.Node]:
             g.packet(current) is aten.sub and len(inputs) == 2 and _is_mean_of(inputs[1], inputs[0])
         ):
             current = inputs[0]
+        elif (
+            g.packet(current) is aten.mul and len(inputs) == 2 and _is_as_large(inputs[0], current)
+        ):
+            current = inputs[0]  # x times a mask, or the other way round
         else:
             break
         chain.append(current)
     return list(reversed(chain))
+
+
+def _is_as_large(a: fx.Node, b: fx.Node) -> bool:
+    return str(g.shape(a)) == str(g.shape(b))
 
 
 def _origin(node: fx.Node) -> fx.Node:
@@ -236,8 +306,10 @@ def _forward(
                     scaled = node
             if len(value.poly.terms) > MAX_TERMS or _too_wide(facts, lift, value.poly):
                 continue
-            form = classify(lift.ring, value.poly) if _is_like_x(lift, node, value) else None
-            if form is not None and form.denominator.variance and not form.centre:
+            form = None
+            if lift.seen_as(value.layout) is not None:
+                form = classify(lift.ring, value.poly) or match_family(lift.ring, value.poly)
+            if form is not None and form.statistic == "variance" and not form.centre:
                 uncentred.append((node, form))  # perhaps a part of a norm multiplied out
             elif form is not None:
                 matches.append((node, form))
@@ -249,21 +321,11 @@ def _forward(
     return matches or uncentred[:1], scaled or rooted
 
 
-def _is_like_x(lift: Lift, node: fx.Node, value: Lifted) -> bool:
-    """Whether a value has the shape of x, each dim standing for the axis of x at its place."""
-    sizes = g.shape(lift.x) or ()
-    if str(g.shape(node)) != str(sizes):
-        return False
-    return all(a == i or str(sizes[i]) == "1" for i, a in enumerate(value.axes))
-
-
 def _too_wide(facts: Facts, lift: Lift, poly: Poly) -> bool:
     """Whether a value has an operand as wide as x that is no parameter: past any affine part."""
-    everything = {i for i, s in enumerate(g.shape(lift.x) or ()) if str(s) != "1"}
-    for index in poly.atoms():
-        atom = lift.ring.atoms[index]
-        if atom.kind == "opaque" and isinstance(atom.key, fx.Node) and everything <= atom.varies:
-            if atom.key not in facts.constant and len(everything) > 0:
+    for atom in (lift.ring.atoms[i] for i in poly.atoms()):
+        if atom.kind == "opaque" and isinstance(atom.key, Operand) and lift.ring.axes:
+            if lift.ring.axes <= atom.varies and atom.key.node not in facts.constant:
                 return True
     return False
 
@@ -272,50 +334,69 @@ def _core(
     facts: Facts, lift: Lift, node: fx.Node, form: Form, region: list[fx.Node]
 ) -> Core | None:
     """A form as a spec and operands."""
-    ring, denominator = lift.ring, form.denominator
-    out = g.dtype(node)
-    assert out is not None
-    stats = wide(g.dtype(lift.x) or out)
-    for inner in region:
-        held = g.dtype(inner)
-        if held is torch.float64:
-            stats = torch.float64
-    n = lift.count().constant()
-    eps_poly, weight_poly, bias_poly = lift.settled(denominator.eps), form.weight, form.bias
-    if eps_poly is None or not _is_given(facts, lift, eps_poly):
+    value = lift.values[node]
+    layout: Layout = value.layout
+    x, out = lift.seen_as(layout), g.dtype(node)
+    placed, beyond = lift.axes.placed(layout, form.dims), lift.axes.placed(layout, form.beyond)
+    if x is None or out is None or placed is None or beyond is None or beyond.groups:
         return None
-    if not all(can_be_made(lift, p) for p in (eps_poly, weight_poly, bias_poly)):
-        return None
-    number = evaluate(ring, eps_poly)
-    eps = None if number is not None else materialise(facts, lift, eps_poly, node, stats)
-    weight = (
-        None if weight_poly.constant() == 1 else materialise(facts, lift, weight_poly, node, stats)
-    )
-    bias = None if not bias_poly else materialise(facts, lift, bias_poly, node, stats)
+    stats = wide(g.dtype(x) or out)
+    if any(g.dtype(inner) is torch.float64 for inner in region):
+        stats = torch.float64
     spec = NormSpec(
         kind="",
-        dims=tuple(sorted(lift.dims)),
-        statistic="variance" if denominator.variance else "mean-square",
+        dims=placed.dims,
+        statistic=form.statistic,
         centre=form.centre,
-        eps=number,
-        eps_place=denominator.place,
+        eps_place=form.place,
         scale=form.scale,
+        groups=placed.groups,
+        group_dim=placed.group_dim,
+        prefix=placed.prefix,
+        beyond=beyond.dims,
+        window=form.window,
+        power=form.power,
         stats_dtype=stats,
-        norm_dtype=out if weight is None and bias is None else stats,
+        norm_dtype=out,
         out_dtype=out,
     )
-    return Core(_presented(spec, n, tensor_eps=eps is not None), lift.x, weight, bias, eps)
+    eps = lift.settled(form.eps or Poly())
+    if eps is None or not _is_given(facts, lift, eps):
+        return None
+    if form.statistic == "bilinear" and x not in facts.constant:
+        return None
+    weight = None if form.weight.constant() == 1 else form.weight
+    number = evaluate(lift.ring, eps)
+    given = None if number is not None else eps
+    polys = [weight, form.bias or None, given, None, form.given, form.gate]
+    if not all(p is None or can_be_made(lift, p, layout) for p in polys):
+        return None
+    operands = [
+        None if p is None else materialise(facts, lift, p, layout, node, stats) for p in polys
+    ]
+    if weight is not None or form.bias:
+        spec = spec._replace(norm_dtype=stats)
+    spec = spec._replace(eps=None if form.eps is None else number)
+    presented = _presented(spec, form, lift.count(form.dims).constant())
+    if presented is None:
+        return None
+    return Core(presented, x, *operands, lift=lift, over=form.dims)
 
 
 def _is_given(facts: Facts, lift: Lift, eps: Poly) -> bool:
     """Whether an eps is one: numbers, parameters, single numbers, but nothing made from x."""
     for atom in (lift.ring.atoms[i] for i in eps.atoms()):
-        inner = [p for p in (atom.base, atom.floor) if p is not None]
+        inner = [p for p in (atom.base, atom.other) if p is not None]
         if not all(_is_given(facts, lift, p) for p in inner):
             return False
-        if atom.kind != "opaque" or atom.key in facts.constant:
+        if atom.kind != "opaque":
             continue
-        if str(g.shape(atom.key)) != "()" or lift.depends(atom.key):
+        if not isinstance(atom.key, Operand):
+            return False
+        given = atom.key.node
+        if given in facts.constant:
+            continue
+        if str(g.shape(given)) != "()" or lift.depends(given):
             return False
     return True
 
@@ -332,35 +413,56 @@ def _has_root(lift: Lift, poly: Poly) -> bool:
     return False
 
 
-def _presented(spec: NormSpec, n: Fraction | None, *, tensor_eps: bool) -> NormSpec:
-    """The same function with the numbers as people write them: unbiased variances, sums."""
+def _presented(spec: NormSpec, form: Form, n: Fraction | None) -> NormSpec | None:
+    """The same function with the numbers as people write them: unbiased variances, sums.
+
+    None for a statistic whose meaning depends on n, where n is not the one that it needs.
+    """
     if close(spec.scale, 1.0):
         spec = spec._replace(scale=1.0)
-    if (
-        spec.eps == 0 and not tensor_eps
-    ):  # a root without eps: torch's norm and deviation know its slope at zero
+    if spec.eps == 0 and spec.statistic not in FAMILIES:
+        # a root without eps: torch's norm and deviation know its slope at zero
         spec = spec._replace(eps_place="outside")
-    if n is None or n <= 1 or tensor_eps or spec.eps is None:
-        return spec._replace(eps=_tidy(spec.eps))
+    if spec.statistic == "compressed":
+        if n is None or not close(n, form.ratio) or spec.eps_place != "inside":
+            return None
+        share = float(n / (n + 1))
+        spec = spec._replace(scale=spec.scale * math.sqrt(share))
+        return _scaled_eps(spec, share)
+    if spec.statistic == "global-response":
+        return None if n is None else _scaled_eps(spec, math.sqrt(n))
+    if spec.statistic == "local-response" and spec.eps is not None and spec.scale > 0:
+        alpha = spec.scale ** (-1 / spec.power)  # as its eps is in units of the statistic
+        return _scaled_eps(spec._replace(alpha=float(f"{alpha:.12g}"), scale=1.0), alpha)
+    if n is None or n <= 1 or spec.eps is None or spec.statistic in FAMILIES:
+        return _scaled_eps(spec, 1.0)
     count = float(n)
     if spec.statistic == "variance" and close(spec.scale, math.sqrt((count - 1) / count)):
         grown = count / (count - 1)
-        spec = spec._replace(scale=1.0, correction=1, eps=spec.eps * _by_place(spec, grown))
-    elif spec.statistic == "mean-square" and (
-        close(spec.scale, 1 / math.sqrt(count)) or spec.eps_place in ("outside", "floor")
-    ):
+        return _scaled_eps(spec._replace(scale=1.0, correction=1), _by_place(spec, grown))
+    summed = close(spec.scale, 1 / math.sqrt(count)) or (
+        spec.eps_place in ("outside", "floor") and not (spec.scale == 1.0 and _is_round(spec.eps))
+    )
+    if spec.statistic == "mean-square" and summed:
         scale = spec.scale * math.sqrt(count)
         scale = 1.0 if close(scale, 1.0) else scale
-        spec = spec._replace(
-            statistic="sum-square", scale=scale, eps=spec.eps * _by_place(spec, count)
-        )
-    return spec._replace(eps=_tidy(spec.eps))
+        spec = spec._replace(statistic="sum-square", scale=scale)
+        return _scaled_eps(spec, _by_place(spec, count))
+    return _scaled_eps(spec, 1.0)
+
+
+def _is_round(number: float) -> bool:
+    """Whether a number is one that a person would write."""
+    return close(number, float(f"{number:.3g}"))
 
 
 def _by_place(spec: NormSpec, factor: float) -> float:
     return factor if spec.eps_place in ("inside", "floor-inside") else math.sqrt(factor)
 
 
-def _tidy(eps: float | None) -> float | None:
-    """A number without the last digits that scaling it left behind."""
-    return None if eps is None else float(f"{eps:.14g}")
+def _scaled_eps(spec: NormSpec, factor: float) -> NormSpec | None:
+    """The spec with its eps times a factor, less the last digits that scaling leaves behind."""
+    if spec.eps is None:  # a tensor: it stays what it is
+        return spec if factor == 1.0 else None
+    scale = 1.0 if close(spec.scale, 1.0) else spec.scale
+    return spec._replace(eps=float(f"{spec.eps * factor:.14g}"), scale=scale)

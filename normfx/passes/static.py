@@ -13,13 +13,13 @@ import torch
 from torch import fx
 
 from normfx import graph as g
-from normfx.algebra import Poly
+from normfx.algebra import Atom, Poly
 from normfx.lift import Lift
-from normfx.lifted import Lifted, literal
+from normfx.lifted import Lifted, Operand, literal
 from normfx.ops import NormSpec
 from normfx.passes.composites import Core, wide
 from normfx.passes.facts import Facts
-from normfx.passes.materialise import materialise
+from normfx.passes.materialise import can_be_made, materialise
 
 aten = torch.ops.aten
 
@@ -70,18 +70,18 @@ def _static(
     if len(dynamic) != 1 or g.shape(dynamic[0]) is None:
         return None
     x, mean = dynamic[0], None
-    lift = Lift(x, frozenset(), facts.order, grad=facts.grad)
+    lift = Lift(x, facts.order, grad=facts.grad)
     last, form = None, None
     current: fx.Node | None = node
     while current is not None:
         value = lift.value_of(current)
         same = [str(s) for s in g.shape(current) or ()] == [str(s) for s in g.shape(x) or ()]
-        if not isinstance(value, Lifted) or value.axes != tuple(range(lift.rank)) or not same:
+        if not isinstance(value, Lifted) or value.layout != lift.axes.whole or not same:
             break
         inside, outside = lift.ring.split(value.poly, ("x",))
         linear = all(dict(m).get(0) == 1 for m in inside.terms)
-        opaque = {i for i in inside.atoms() | outside.atoms() if i}
-        if not linear or any(lift.ring.atoms[i].key not in facts.constant for i in opaque):
+        opaque = [lift.ring.atoms[i] for i in inside.atoms() | outside.atoms() if i]
+        if not linear or not all(_is_constant(facts, atom) for atom in opaque):
             break
         last = current
         form = (
@@ -108,7 +108,7 @@ def _static(
     assert out is not None
     stats = wide(torch.promote_types(g.dtype(x) or out, out))
     spec = NormSpec(
-        "FrozenBatchNorm",
+        "UnifiedNorm" if mean is None and not form[1] else "FrozenBatchNorm",
         (),
         "static",
         eps=_given_eps(root),
@@ -116,8 +116,11 @@ def _static(
         norm_dtype=stats,
         out_dtype=out,
     )
-    weight = materialise(facts, lift, form[0], last, stats)
-    bias = materialise(facts, lift, form[1], last, stats) if form[1] else None
+    layout = lift.axes.whole
+    if not all(can_be_made(lift, p, layout) for p in form):
+        return None
+    weight = materialise(facts, lift, form[0], layout, last, stats)
+    bias = materialise(facts, lift, form[1], layout, last, stats) if form[1] else None
     if not isinstance(weight, fx.Node) or not (bias is None or isinstance(bias, fx.Node)):
         return None
     region = [
@@ -135,16 +138,17 @@ def _is_root_of_given_variance(node: fx.Node) -> bool:
 
 def _given_eps(root: fx.Node) -> float | None:
     """The eps of sqrt(p + eps) where p is a parameter or buffer behind views, else None."""
-    radicand = root.args[0]
-    if (
-        not isinstance(radicand, fx.Node)
-        or g.packet(radicand) is not aten.add
-        or len(radicand.args) != 2
-    ):
+    given, eps = root.args[0], 0.0
+    if g.packet(given) is aten.add and isinstance(given, fx.Node) and len(given.args) == 2:
+        given, eps = given.args
+    elif g.packet(root) is not aten.rsqrt:
         return None
-    given, eps = radicand.args
     eps = literal(eps) if isinstance(eps, fx.Node) else eps
     while isinstance(given, fx.Node) and g.packet(given) in _LOOKS:
         given = given.args[0]
     plain = isinstance(given, fx.Node) and given.op in ("placeholder", "get_attr")
-    return float(eps) if plain and isinstance(eps, (int, float)) and eps > 0 else None
+    return float(eps) if plain and isinstance(eps, (int, float)) and eps >= 0 else None
+
+
+def _is_constant(facts: Facts, atom: Atom) -> bool:
+    return isinstance(atom.key, Operand) and atom.key.node in facts.constant
