@@ -162,10 +162,16 @@ class Ring:
 
     def _mean_of(self, monomial: Monomial, dims: frozenset[int]) -> Poly:
         """E_D of a monomial in which every factor varies along D."""
-        if len(monomial) == 1 and monomial[0][1] == 1:
-            inner = self.atoms[monomial[0][0]]
-            if inner.kind == "moment" and inner.base is not None:  # a mean of means is a mean
-                ((monomial, _),) = inner.base.terms.items()
+        means = [pair for pair in monomial if self.atoms[pair[0]].kind == "moment"]
+        if len(means) == 1 and means[0][1] == 1:
+            inner = self.atoms[means[0][0]]
+            rest = tuple(pair for pair in monomial if pair not in means)
+            if inner.base is not None and not any(
+                self.atoms[i].varies & inner.key for i, _ in rest
+            ):
+                # a mean of means is a mean: E_D[c E_F[p]] = E_{D+F}[c p]
+                ((of, _),) = inner.base.terms.items()
+                monomial = tuple(sorted(_merge(dict(rest), of).items()))
                 dims = dims | inner.key
         parts = [self.atoms[i] for i, _ in monomial]
         varies = frozenset().union(*(a.varies for a in parts))

@@ -285,7 +285,7 @@ def _match_bilinear(ring: Ring, front: float, factors: Monomial) -> Form | None:
 
 
 def _bilinear(h: Any, spec: Any, *, gate: Any, given: Any, **_: Any) -> Any:
-    return h / (h * gate * given).mean()
+    return h / (h * gate * given).sum()
 
 
 FAMILIES: dict[str, Family] = {

@@ -209,7 +209,7 @@ def location(node: fx.Node) -> str:
     """`file:line` of the user's line that made this node, or an empty string."""
     lines = str(node.meta.get("stack_trace") or "").splitlines()
     found = [m for m in map(_FRAME.search, lines) if m]
-    users = [m for m in found if not m["file"].startswith(_TORCH)] or found
+    users = [m for m in found if not m["file"].startswith(_TORCH)]
     return f"{users[-1]['file']}:{users[-1]['line']}" if users else ""
 
 
@@ -242,7 +242,8 @@ def erase_dead(nodes: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
     """Erases those of the nodes that nothing reads any more, latest first, and returns them."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     erased = []
-    for node in sorted(nodes, key=lambda n: order.get(n, -1), reverse=True):
+    left = [node for node in nodes if node in order]
+    for node in sorted(left, key=order.__getitem__, reverse=True):
         if not node.users and node.op in ("call_function", "get_attr"):
             graph.erase_node(node)
             erased.append(node)

@@ -378,6 +378,29 @@ def _repeat(lift: Lift, node: fx.Node) -> Any:
     return _expand(lift, node) if all(size == 1 for size in repeated) else None
 
 
+def _repeat_interleave(lift: Lift, node: fx.Node) -> Any:
+    """Each element several times: constant along the inner axes of a dim that x is cut along."""
+    named = g.arguments(node)
+    source, dim, shape = node.args[0], named.get("dim"), g.shape(node)
+    value = lift.value_of(source) if isinstance(source, fx.Node) else None
+    if not isinstance(value, Lifted) or shape is None or not isinstance(named["repeats"], int):
+        return None
+    if not isinstance(dim, int):
+        return None
+    dim %= len(shape)
+    outer = value.layout[dim]
+    for layout in lift.layouts:
+        if len(layout) != len(shape):
+            continue
+        if layout[dim][: len(outer)] != outer or lift.axes.size(layout[dim]) != plain(shape[dim]):
+            continue
+        result = tuple(layout[dim] if i == dim else own for i, own in enumerate(value.layout))
+        named_axes = [axis for own in result for axis in own]
+        if len(set(named_axes)) == len(named_axes):
+            return Lifted(value.poly, result)
+    return None
+
+
 def _arranged(lift: Lift, node: fx.Node) -> Any:
     source = node.args[0]
     value = lift.value_of(source) if isinstance(source, fx.Node) else None
@@ -488,6 +511,7 @@ RULES: dict[Any, Rule] = {
     aten.expand_as: _expand,
     aten.repeat: _repeat,
     aten.tile: _repeat,
+    aten.repeat_interleave: _repeat_interleave,
     aten.slice: _slice,
     aten.narrow: _slice,
     aten.split: _split,

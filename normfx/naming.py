@@ -64,7 +64,7 @@ def _of_variance(spec: NormSpec, shape: Shape, weight: Shape | None) -> str:
     if spec.groups:
         of_channels = spec.group_dim == 1 and (rank == 2 or len(dims) > 1)
         return "GroupNorm" if of_channels else "LayerNorm"
-    if _is_over_batch(spec, rank):
+    if _is_over_batch(spec, shape):
         return "BatchNorm"
     if along and along <= dims:
         return "LayerNorm"
@@ -81,14 +81,15 @@ def _of_square(spec: NormSpec, shape: Shape, weight: Shape | None) -> str:
     if spec.statistic == "sum-square" and spec.scale == 1.0:
         one = weight is not None and all(map(is_one, weight))
         return "ScaleNorm" if one else "L2Norm"
-    if _is_over_batch(spec, rank):
+    if _is_over_batch(spec, shape):
         return "PowerNorm"
     return "FilterResponseNorm" if _is_over_image(spec, rank) else "RMSNorm"
 
 
-def _is_over_batch(spec: NormSpec, rank: int) -> bool:
+def _is_over_batch(spec: NormSpec, shape: Shape) -> bool:
     """Over all dims but one, the batch among them."""
-    return not spec.groups and 0 in spec.dims and rank - len(spec.dims) == 1
+    others = [d for d, size in enumerate(shape) if d not in spec.dims and not is_one(size)]
+    return not spec.groups and 0 in spec.dims and len(others) == 1
 
 
 def _is_over_image(spec: NormSpec, rank: int) -> bool:

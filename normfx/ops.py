@@ -120,7 +120,8 @@ def norm(
         bias: summand, or None.
         eps: a tensor in place of `spec.eps`, or None.
         mean: the mean, where it is given: the running one, or one that others read too.
-        square: S, where it is given; of a family, the operand that its body calls `given`.
+        square: S (sqrt(S) where eps stands outside of the root), where it is given; of a family,
+            the operand that its body calls `given`.
         gate: of norms that have one.
         spec: what to compute.
         rank: the number of dims of x (a proxy cannot be asked).
@@ -147,9 +148,9 @@ def norm(
         h = (h - mean.reshape(shape)) * _inverse_root(square.reshape(shape), spec, eps)
     else:
         part = h.narrow(spec.dims[-1], 0, spec.prefix) if spec.prefix else h
+        divisor, inverse = _divisor(part, spec, eps, mean, square)
         if spec.centre and mean is None:
             mean = part.mean(spec.dims, keepdim=True)
-        divisor, inverse = _divisor(part, spec, eps, square)
         h = top - mean if spec.centre else top
         h = h * divisor if inverse else h / divisor
     if spec.scale != 1.0:
@@ -169,7 +170,7 @@ def _eps(spec: NormSpec, eps: Any) -> Any:
     return spec.eps if eps is None else eps
 
 
-def _divisor(h: Any, spec: NormSpec, eps: Any, square: Any) -> tuple[Any, bool]:
+def _divisor(h: Any, spec: NormSpec, eps: Any, mean: Any, square: Any) -> tuple[Any, bool]:
     """(1/root, True) where eps stands under the square root, else (root, False).
 
     A root without eps under it has an infinite slope at zero; the norm and the deviation of torch
@@ -177,30 +178,33 @@ def _divisor(h: Any, spec: NormSpec, eps: Any, square: Any) -> tuple[Any, bool]:
     """
     if spec.eps_place in ("outside", "floor"):
         e = _eps(spec, eps)
-        root = _root(h, spec) if square is None else torch.sqrt(square)
+        root = _root(h, spec, mean) if square is None else square
         if spec.eps_place == "floor":
             return _at_least(root, e), False
         return (root + e if eps is not None or e else root), False
     if square is None:
-        square = _square(h, spec)
+        square = _square(h, spec, mean)
     return _inverse_root(square, spec, eps), True
 
 
-def _root(h: Any, spec: NormSpec) -> Any:
+def _root(h: Any, spec: NormSpec, mean: Any) -> Any:
     """sqrt(S)."""
-    if spec.statistic == "variance":
+    if spec.statistic == "variance" and mean is None:
         return torch.std(h, spec.dims, correction=spec.correction, keepdim=True)
     if spec.statistic == "sum-square":
         return torch.linalg.vector_norm(h, 2, spec.dims, keepdim=True)
-    return torch.sqrt(_square(h, spec))
+    return torch.sqrt(_square(h, spec, mean))
 
 
-def _square(h: Any, spec: NormSpec) -> Any:
+def _square(h: Any, spec: NormSpec, mean: Any) -> Any:
     """S."""
-    if spec.statistic == "variance":
+    n = math.prod(h.shape[d] for d in spec.dims)
+    if spec.statistic == "variance" and mean is None:
         return torch.var(h, spec.dims, correction=spec.correction, keepdim=True)
+    if spec.statistic == "variance":
+        square = (h - mean).square()
+        return square.sum(spec.dims, keepdim=True) / (n - spec.correction)
     if spec.statistic == "compressed":
-        n = math.prod(h.shape[d] for d in spec.dims)
         left_out = h.sum(spec.dims, keepdim=True)  # without its sign
         return ((h * h).sum(spec.dims, keepdim=True) + left_out * left_out) / (n + 1)
     if spec.statistic == "sum-square":

@@ -27,9 +27,9 @@ from normfx.passes.recognise import recognise
 from normfx.record import Journal, Refusal
 from normfx.torch_internals import is_module_state
 
-# Bodies of these operators are functions of their operands, run as they stand: rewriting one keeps
-# its meaning.
-_TRANSPARENT_BODIES = frozenset({"tag_activation_checkpoint", "invoke_subgraph"})
+# Operators whose bodies run as they stand, so that rewriting one keeps its meaning, and how many of
+# their bodies are computations of the model: the second of an `autograd.Function` is its backward.
+_BODIES = {"tag_activation_checkpoint": 1, "invoke_subgraph": 1, "autograd_function_apply": 1}
 
 Observer = Callable[[str, fx.GraphModule], None]
 
@@ -118,11 +118,9 @@ def wants_grad(gm: fx.GraphModule) -> bool:
 
 
 def _bodies(gm: fx.GraphModule, options: Options, journal: Journal) -> None:
-    """Runs the stages on bodies that may be rewritten inside (activation checkpoints)."""
+    """Runs the stages on bodies that may be rewritten inside (activation checkpoints, say)."""
     for node in gm.graph.nodes:
-        if getattr(node.target, "__name__", "") not in _TRANSPARENT_BODIES:
-            continue
-        for argument in node.args:
+        for argument in node.args[: _BODIES.get(getattr(node.target, "__name__", ""), 0)]:
             body = (
                 getattr(gm, str(argument.target), None) if isinstance(argument, fx.Node) else None
             )
@@ -130,6 +128,8 @@ def _bodies(gm: fx.GraphModule, options: Options, journal: Journal) -> None:
                 inner = Journal()
                 rewritten = rewrite(body, options, inner, in_body=True)
                 gm.add_submodule(str(argument.target), rewritten.module)
+                for found in (*inner.sites, *inner.near_misses):
+                    found.location = found.location or g.location(node)
                 journal.sites += inner.sites
                 journal.near_misses += inner.near_misses
 

@@ -172,6 +172,7 @@ class Site:
         location: `file:line` of the user's line, or "".
         weight: whether it has a factor.
         bias: whether it has a summand.
+        groups: how many groups a dim of `dims` is split into; 0: no groups.
         origin: the ATen operator, or "algebra" for a spelled-out one.
         on_weight: whether it normalizes a parameter (weight standardization, weight norm).
         records: every decision about it, in order.
@@ -185,6 +186,7 @@ class Site:
     location: str
     weight: bool = False
     bias: bool = False
+    groups: int = 0
     origin: str = "algebra"
     on_weight: bool = False
     records: list[Record] = field(default_factory=list)
@@ -200,7 +202,7 @@ class Site:
         return [r.code.value for r in self.records if r.code is not None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NearMiss:
     """A statistic with a root that is no normalization: the first law that failed, and where."""
 

@@ -52,7 +52,7 @@ def extend(facts: Facts, node: fx.Node, core: Core) -> tuple[fx.Node, Core, list
             break
         base, committed = core, best[1]
         if value.layout != layout:
-            seen = _seen_in(core, value.layout) if _is_plain(committed) else None
+            seen = _seen_in(core, value.layout)
             if seen is None:
                 if not _is_plain(committed) or g.packet(user) not in VIEWS | ARRANGEMENTS:
                     break

@@ -24,10 +24,11 @@ class Facts:
             if g.mutated_arguments(node)
         ]
         self._grad_switches = [
-            self.order[node]
+            (self.order[node], node.args[0])
             for node in gm.graph.nodes
             if getattr(node.target, "__name__", "") == "_set_grad_enabled"
         ]
+        self._grad_at_start = torch.is_grad_enabled()
 
     def emit(self, target: Any, a: Any, b: Any, before: fx.Node) -> fx.Node:
         """A call of a binary operator before a node; at least one operand is a node."""
@@ -66,6 +67,11 @@ class Facts:
         for writer, written in self._writes:
             if first <= self.order[writer] < last and written & watched:
                 return Refusal.MUTATED, writer
-        if any(first < switch < last for switch in self._grad_switches):
+        if len({self._grad_mode(n) for n in inside}) > 1:
             return Refusal.GRAD_MODE, node
         return None
+
+    def _grad_mode(self, node: fx.Node) -> Any:
+        """Whether gradients are on where a node stands."""
+        before = [mode for at, mode in self._grad_switches if at < self.order[node]]
+        return before[-1] if before else self._grad_at_start

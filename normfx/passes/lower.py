@@ -23,8 +23,17 @@ aten = torch.ops.aten
 def lower(gm: fx.GraphModule) -> None:
     """Replaces every canonical node of the graph by ATen operators; changes the graph in place."""
     bodies: dict[Any, fx.GraphModule] = {}
+    done: dict[Any, fx.Node] = {}  # what is computed already, until one of its operands changes
     for node in list(gm.graph.nodes):
         if not g.is_call(node, norm):
+            if g.mutated_arguments(node):
+                done.clear()
+            continue
+        spec: Any = node.kwargs["spec"]
+        key = (node.args, spec)
+        if key in done:
+            node.replace_all_uses_with(done[key], propagate_meta=False)
+            gm.graph.erase_node(node)
             continue
         with gm.graph.inserting_before(node):
             result = _as_operator(gm.graph, node) or _as_body(gm.graph, node, bodies)
@@ -32,6 +41,8 @@ def lower(gm: fx.GraphModule) -> None:
             g.inherit_meta(result, node)
         node.replace_all_uses_with(result, propagate_meta=False)
         gm.graph.erase_node(node)
+        if spec.statistic != "batch":
+            done[key] = result
 
 
 def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

@@ -26,7 +26,7 @@ def can_be_made(lift: Lift, poly: Poly, layout: Layout) -> bool:
         if atom.kind == "opaque":
             if not isinstance(atom.key, Operand) or g.tensor(atom.key.node) is None:
                 return False
-            if not (_broadcasts(atom.key, layout) or _shape_in(lift, atom.key, layout)):
+            if not fits(lift, atom.key, layout):
                 return False
         elif atom.kind not in ("compound", "maximum", "constant"):
             return False
@@ -34,6 +34,11 @@ def can_be_made(lift: Lift, poly: Poly, layout: Layout) -> bool:
         if not all(can_be_made(lift, p, layout) for p in inner):
             return False
     return True
+
+
+def fits(lift: Lift, operand: Operand, layout: Layout) -> bool:
+    """Whether an operand, or a view of it, broadcasts against x in a layout."""
+    return _broadcasts(operand, layout) or _shape_in(lift, operand, layout) is not None
 
 
 def _broadcasts(operand: Operand, layout: Layout) -> bool:
@@ -58,7 +63,7 @@ def _shape_in(lift: Lift, operand: Operand, layout: Layout) -> list[int] | None:
     return None if axes or shape.count(-1) > 1 else shape
 
 
-def _aligned(facts: Facts, lift: Lift, operand: Operand, layout: Layout, before: fx.Node) -> Any:
+def aligned(facts: Facts, lift: Lift, operand: Operand, layout: Layout, before: fx.Node) -> Any:
     """The operand itself where it broadcasts against x as it is, else a view of it that does."""
     if _broadcasts(operand, layout):
         return operand.node
@@ -128,7 +133,7 @@ def _power(
         return float(atom.key) ** float(exponent)
     base: Any
     if atom.base is None:
-        base = _aligned(facts, lift, atom.key, layout, before)
+        base = aligned(facts, lift, atom.key, layout, before)
     else:
         base = _sum_of(facts, lift, atom.base, layout, before, dtype)
     if atom.other is not None:

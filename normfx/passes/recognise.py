@@ -14,11 +14,13 @@ import torch
 from torch import fx
 
 from normfx import graph as g
+from normfx.laws import ARRANGEMENTS, VIEWS
 from normfx.naming import name_of
 from normfx.ops import NormSpec, norm, short
 from normfx.passes.affine import extend
 from normfx.passes.composites import Core, composite
 from normfx.passes.facts import Facts
+from normfx.passes.shared import share
 from normfx.passes.spelled import REDUCTIONS, spelled
 from normfx.passes.static import static_norms
 from normfx.record import Journal, NearMiss, Record, Refusal, Site
@@ -40,40 +42,79 @@ def recognise(gm: fx.GraphModule, journal: Journal, *, grad: bool) -> None:
     """
     facts = Facts(gm, grad=grad)
     sites: list[tuple[int, Site]] = []
-    read: set[fx.Node] = set()  # nodes that are explained, as part of a norm or of a near miss
+    misses: list[tuple[fx.Node | None, NearMiss]] = []
+    placed: set[fx.Node] = set()  # nodes that are part of a norm
+    missed: set[fx.Node] = set()  # nodes that a near miss stands for
 
     def place(node: fx.Node, core: Core, region: list[fx.Node]) -> None:
-        read.update(region)
-        placed = _place(facts, node, core, region)
-        if isinstance(placed, NearMiss):
-            journal.near_misses.append(placed)
-        elif placed is not None:
-            sites.append(placed)
+        placed.update(region)
+        made = _place(facts, node, core, region)
+        if isinstance(made, NearMiss):
+            misses.append((None, made))
+        elif made is not None:
+            sites.append(made)
+
+    def miss(at: fx.Node, code: Refusal, guilty: fx.Node) -> None:
+        misses.append((at, NearMiss(_name(at), code, g.location(guilty), guilty.name)))
 
     for node in list(gm.graph.nodes):
         core = composite(node) if node.op == "call_function" else None
         if core is not None:
             place(node, core, [node])
-        elif g.packet(node) in REDUCTIONS and node not in read and node.users:
+        elif g.packet(node) in REDUCTIONS and node not in placed and node.users:
             found = spelled(facts, node)
             for value, spelled_core in found.cores:
                 place(value, spelled_core, found.region)
-            if found.miss is not None:
-                miss = found.miss
-                read.update(found.region)
-                location = g.location(miss.guilty)
-                journal.near_misses.append(
-                    NearMiss(_name(miss.at), miss.code, location, miss.guilty.name)
-                )
+            if found.miss is not None and node not in missed:
+                missed.update(found.region)
+                miss(found.miss.at, found.miss.code, found.miss.guilty)
     for node, core, region in list(static_norms(facts)):
         place(node, core, region)
-    for node in gm.graph.find_nodes(op="call_function", target=aten.rsqrt.default):
-        held = g.tensor(node)
-        if node not in read and node not in facts.constant and held is not None and held.dim():
-            journal.near_misses.append(
-                NearMiss(_name(node), Refusal.UNKNOWN_STATISTIC, g.location(node), node.name)
-            )
+    for node in gm.graph.nodes:
+        if _divides(node) and node not in placed | missed | facts.constant:
+            miss(node, Refusal.UNKNOWN_STATISTIC, node)
+    # what was no norm of one tensor may be part of a norm of another
+    journal.near_misses += [found for at, found in misses if at not in placed]
     journal.sites += [site for _, site in sorted(sites, key=lambda pair: pair[0])]
+
+
+def _divides(node: fx.Node) -> bool:
+    """Whether a node is a root, of more than one number, that something is divided by."""
+    held = g.tensor(node)
+    if held is None or not held.dim():
+        return False
+    if g.packet(node) is aten.rsqrt or (g.packet(node) is aten.pow and node.args[1] == -0.5):
+        return True
+    if g.packet(node) is not aten.sqrt and (g.packet(node) is not aten.pow or node.args[1] != 0.5):
+        return False
+    pending = [node]
+    for current in pending:  # through what spreads it over the elements, or bounds it
+        for user in current.users:
+            if g.packet(user) is aten.div and user.args[1] is current:
+                return True
+            if g.packet(user) is aten.reciprocal:
+                return True
+            if g.packet(user) in _SPREADS and user.args[0] is current and len(pending) < 8:
+                pending.append(user)
+    return False
+
+
+_SPREADS = frozenset(
+    {
+        *VIEWS,
+        *ARRANGEMENTS,
+        aten.expand,
+        aten.expand_as,
+        aten.repeat,
+        aten.index,
+        aten.index_select,
+        aten.gather,
+        aten.add,
+        aten.clamp,
+        aten.clamp_min,
+        aten.to,
+    }
+)
 
 
 def _place(
@@ -105,6 +146,7 @@ def _place(
     made.meta["normfx_region"] = last.name
     last.replace_all_uses_with(made, propagate_meta=False)
     g.erase_dead({*region, *taken, node}, facts.graph)
+    share(facts, made, extended)
     rule = f"recognise-{spec.origin.replace('_', '-')}"
     site.records.append(Record("recognise", rule, True, None, made.name, site.location))
     return facts.order[last], site
@@ -135,6 +177,7 @@ def _site(node: fx.Node, made: fx.Node, spec: NormSpec, rank: int) -> Site:
         location=g.location(node),
         weight=made.args[1] is not None,
         bias=made.args[2] is not None,
+        groups=spec.groups,
         origin=spec.origin,
     )
 

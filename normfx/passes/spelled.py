@@ -343,6 +343,8 @@ def _core(
     stats = wide(g.dtype(x) or out)
     if any(g.dtype(inner) is torch.float64 for inner in region):
         stats = torch.float64
+    if x in facts.constant and not facts.grad:  # made once, as exact as it can be
+        stats = torch.float64
     spec = NormSpec(
         kind="",
         dims=placed.dims,
@@ -429,6 +431,8 @@ def _presented(spec: NormSpec, form: Form, n: Fraction | None) -> NormSpec | Non
         share = float(n / (n + 1))
         spec = spec._replace(scale=spec.scale * math.sqrt(share))
         return _scaled_eps(spec, share)
+    if spec.statistic == "bilinear":  # of a sum, as n cancels
+        return None if n is None else spec._replace(scale=_tidy(spec.scale * float(n)))
     if spec.statistic == "global-response":
         return None if n is None else _scaled_eps(spec, math.sqrt(n))
     if spec.statistic == "local-response" and spec.eps is not None and spec.scale > 0:
@@ -464,5 +468,11 @@ def _scaled_eps(spec: NormSpec, factor: float) -> NormSpec | None:
     """The spec with its eps times a factor, less the last digits that scaling leaves behind."""
     if spec.eps is None:  # a tensor: it stays what it is
         return spec if factor == 1.0 else None
-    scale = 1.0 if close(spec.scale, 1.0) else spec.scale
-    return spec._replace(eps=float(f"{spec.eps * factor:.14g}"), scale=scale)
+    return spec._replace(
+        eps=_tidy(spec.eps * factor), scale=1.0 if close(spec.scale, 1.0) else spec.scale
+    )
+
+
+def _tidy(number: float) -> float:
+    """A number without the last digits that scaling leaves behind."""
+    return float(f"{number:.14g}")

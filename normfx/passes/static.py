@@ -107,15 +107,6 @@ def _static(
     out = g.dtype(last)
     assert out is not None
     stats = wide(torch.promote_types(g.dtype(x) or out, out))
-    spec = NormSpec(
-        "UnifiedNorm" if mean is None and not form[1] else "FrozenBatchNorm",
-        (),
-        "static",
-        eps=_given_eps(root),
-        stats_dtype=stats,
-        norm_dtype=stats,
-        out_dtype=out,
-    )
     layout = lift.axes.whole
     if not all(can_be_made(lift, p, layout) for p in form):
         return None
@@ -123,6 +114,15 @@ def _static(
     bias = materialise(facts, lift, form[1], layout, last, stats) if form[1] else None
     if not isinstance(weight, fx.Node) or not (bias is None or isinstance(bias, fx.Node)):
         return None
+    spec = NormSpec(
+        "UnifiedNorm" if mean is None and not _reads(facts, bias, root) else "FrozenBatchNorm",
+        (),
+        "static",
+        eps=_given_eps(root),
+        stats_dtype=stats,
+        norm_dtype=stats,
+        out_dtype=out,
+    )
     region = [
         n for n, v in lift.values.items() if v is not None and facts.order[n] <= facts.order[last]
     ]
@@ -148,6 +148,20 @@ def _given_eps(root: fx.Node) -> float | None:
         given = given.args[0]
     plain = isinstance(given, fx.Node) and given.op in ("placeholder", "get_attr")
     return float(eps) if plain and isinstance(eps, (int, float)) and eps >= 0 else None
+
+
+def _reads(facts: Facts, node: fx.Node | None, root: fx.Node) -> bool:
+    """Whether a constant is made with a root: a bias that is, has the mean in it."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current is root:
+            return True
+        for source in [] if current is None else current.all_input_nodes:
+            if source not in seen and source in facts.constant:
+                seen.add(source)
+                pending.append(source)
+    return False
 
 
 def _is_constant(facts: Facts, atom: Atom) -> bool:
