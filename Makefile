@@ -9,6 +9,7 @@ TORCH  ?= 2.13.0
 PYTHON ?=
 JOBS   ?= 2
 ARGS   ?=
+ZOO    ?= ../shared/zoo
 
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.up-to-date
@@ -27,7 +28,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint fix docs clean
+.PHONY: help venv demo test zoo lint fix docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -40,6 +41,9 @@ demo: $(STAMP) ## embed sentences with a compiled model, and show what was done 
 # One thread a worker: the tensors are small, and workers that share the cores slow each other down.
 test: $(STAMP) ## run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --durations 10 $(ARGS)
+
+zoo: $(STAMP) ## compare each norm of the models in ZOO with what it replaced
+	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.zoo --zoo $(ZOO) --jobs $(JOBS) --check $(ARGS)
 
 lint: $(STAMP) ## check format, lint and types
 	@echo "ruff format"; $(PY) -m ruff format --quiet --check .

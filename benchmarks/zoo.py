@@ -1,8 +1,8 @@
 """Runs normfx on a zoo of model families and writes the tables of docs/zoo.md.
 
-    python -m benchmarks.zoo --zoo ../shared/zoo                                   # all families,
-    rewritten graphs run eagerly python -m benchmarks.zoo --zoo ../shared/zoo --lowering inductor
-    --families gpt2,vit
+    python -m benchmarks.zoo --zoo ../shared/zoo            # all families, outputs beside eager's
+    python -m benchmarks.zoo --zoo ../shared/zoo --check    # each norm beside what it replaced
+    python -m benchmarks.zoo --zoo ../shared/zoo --lowering inductor --families gpt2,vit
 
 A zoo is a folder with `zoo.py` (models and inputs), `run_zoo.py` (the comparison with eager and
 float64), `families.json` and `zoo_truth.json` (the norm calls that eager executes). Each family
@@ -49,10 +49,12 @@ def check_family(family: str) -> dict[str, Any]:
 
     zoo = importlib.import_module("zoo")
     checks: list[RegionCheck] = []
+    journals: list[Journal] = []
 
     def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Any:
         checks.append(RegionCheck())
-        rewrite(gm, Options(), Journal(), observe=checks[-1])
+        journals.append(Journal())
+        rewrite(gm, Options(), journals[-1], observe=checks[-1])
         return gm.forward
 
     model, inputs = zoo.build(family)
@@ -62,6 +64,8 @@ def check_family(family: str) -> dict[str, Any]:
     return {
         "status": "ok" if all(error <= EXACT for error in errors) else "wrong",
         "regions": len(results),
+        "recognised": sum(len(journal.sites) for journal in journals),
+        "refused": sum(len(journal.near_misses) for journal in journals),
         "worst": max(errors, default=0.0),
         "not run": [f"{r.kind} {r.node}: {r.reason}" for r in results if r.error is None],
     }
@@ -138,7 +142,18 @@ def per_family(rows: dict[str, Any], truth: dict[str, Any]) -> list[str]:
     return lines
 
 
-def print_checks(rows: dict[str, Any]) -> None:
+def missed(rows: dict[str, Any], truth: dict[str, Any]) -> dict[str, int]:
+    """How many norm calls of a family were neither recognised nor refused, where there are any."""
+    left = {
+        family: truth[family].get("visible", truth[family]["calls"])
+        - row.get("recognised", 0)
+        - row.get("refused", 0)
+        for family, row in rows.items()
+    }
+    return {family: count for family, count in left.items() if count > 0}
+
+
+def print_checks(rows: dict[str, Any], truth: dict[str, Any]) -> None:
     """What came of `--check`."""
     for family, row in sorted(rows.items()):
         if row.get("status") != "ok" or row.get("not run"):
@@ -147,6 +162,7 @@ def print_checks(rows: dict[str, Any]) -> None:
     missing = sum(len(row.get("not run", ())) for row in rows.values())
     worst = max(row.get("worst", 0.0) for row in rows.values())
     print(f"{regions} norms, {missing} not run, largest relative difference {worst:.1e}")
+    print(f"norm calls neither recognised nor refused: {missed(rows, truth) or 'none'}")
 
 
 def main() -> None:
@@ -181,8 +197,9 @@ def main() -> None:
     if asked.out:
         asked.out.write_text(json.dumps(rows, indent=1))
     if asked.check:
-        print_checks(rows)
-        sys.exit(any(row.get("status") != "ok" for row in rows.values()))
+        print_checks(rows, truth)
+        broken = any(row.get("status") != "ok" for row in rows.values())
+        sys.exit(broken or bool(missed(rows, truth)))
     from benchmarks.machine import machine
 
     page = [*summary(rows, truth), "", *by_kind(rows), "", *per_family(rows, truth), "", machine()]

@@ -368,3 +368,18 @@ def test_the_gradient_of_an_input():
     given = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(copy.deepcopy(model).double()(given).square().sum(), given)
     assert_within_contract(*gradients, exact)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_norms_inside_of_a_fused_encoder_layer_are_seen(norm_first, activation):
+    layer = nn.TransformerEncoderLayer(
+        16, 2, 32, norm_first=norm_first, activation=activation, batch_first=True
+    )
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    assert_agrees(model, torch.randn(2, 5, 16))
+    assert [site.kind for site in normfx.report().sites] == ["LayerNorm"] * 4
+    padding = torch.tensor([[False] * 4 + [True], [False] * 3 + [True] * 2])
+    assert_agrees(model, torch.randn(2, 5, 16), None, padding)
