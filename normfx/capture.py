@@ -20,6 +20,8 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from normfx import graph as g
+from normfx.fused import OPENED
+from normfx.passes.functional import functional
 from normfx.replay import Replays
 from normfx.torch_internals import (
     cannot_be_traced,
@@ -59,6 +61,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         copy_placeholder(new, old)
         new.meta["val"] = g.value(old)
     copy_graph_meta(captured, gm)
+    functional(captured)
     captured.recompile()
     return captured
 
@@ -96,6 +99,10 @@ class _Capture(fx.Interpreter):
                 _erase_after(tracer().graph, last)
         with fx_traceback.set_current_meta(n):
             return self._carry(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        opened: Any = OPENED.get(target, target)
+        return super().call_function(opened, args, kwargs)
 
     def _reads_verbatim(self, n: fx.Node) -> bool:
         return any(isinstance(self.env.get(i), _Verbatim) for i in n.all_input_nodes)

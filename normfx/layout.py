@@ -87,12 +87,12 @@ class Axes:
 
     def placed(self, layout: Layout, over: frozenset[int]) -> Placed | None:
         """Where some axes are in a layout, or None if that cannot be said in dims and one cut."""
-        prefix = 0
+        prefix, cut_axis = 0, -1
         for whole, start, size in [key for key, part in self._slices.items() if part in over]:
             if prefix or start or not isinstance(size, int):
                 return None
             over = over - {self._slices[whole, start, size]} | {whole}
-            prefix = size
+            prefix, cut_axis = size, whole
         dims: list[int] = []
         groups, group_dim = 0, 1
         for i, axes in enumerate(layout):
@@ -112,7 +112,7 @@ class Axes:
             groups, group_dim = outer, i
         if over - {axis for axes in layout for axis in axes}:
             return None
-        if prefix and (groups or not dims or len(layout[dims[-1]]) != 1):
+        if prefix and (groups or not dims or layout[dims[-1]] != (cut_axis,)):
             return None
         return Placed(tuple(dims), groups, group_dim, prefix)
 

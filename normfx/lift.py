@@ -165,15 +165,26 @@ class Lift:
         return self.quantity(self.axes.size(axes))
 
     def seen_as(self, layout: Layout) -> fx.Node | None:
-        """The first node that holds x itself in this layout: x, a view or a cast of it."""
+        """The first node that holds x itself in this layout: x, or a view of it, not rounded."""
         found = [
             node
             for node, value in self.values.items()
             if isinstance(value, Lifted)
             and value.layout == layout
             and value.poly.terms == self.ring.x.terms
+            and self._is_as_exact(node)
         ]
         return min(found, key=self.order.__getitem__, default=None)
+
+    def _is_as_exact(self, node: Any) -> bool:
+        """Whether every cast between x and a view of it is to a dtype at least as exact."""
+        exact = g.dtype(self.x)
+        while isinstance(node, fx.Node) and node is not self.x:
+            held = g.dtype(node)
+            if held is None or torch.finfo(held).eps > torch.finfo(exact or held).eps:
+                return False
+            node = node.args[0] if node.args else None
+        return node is self.x
 
     # -- building blocks of the rules ------------------------------------------------------------
 
@@ -197,6 +208,10 @@ class Lift:
                 dims[offset + i] = dim or dims[offset + i]
         layout = self.placed(dims, sizes)
         if layout is None:
+            return None
+        named = [axis for dim in layout for axis in dim]
+        if len(set(named)) != len(named):  # one axis along two dims: m[i] and m[j] in one value
+            self.stuck = Stuck("broadcast-axis-differs", node)
             return None
         operands = [self.operand(a, layout) for a in arguments]
         found = [p for p in operands if p is not None]

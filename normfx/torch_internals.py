@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -50,6 +51,13 @@ def real_tensors_allowed(mode: FakeTensorMode) -> Iterator[None]:
         yield
     finally:
         mode.allow_non_fake_inputs = before
+
+
+@contextmanager
+def symbolic_meta_functions(mode: FakeTensorMode) -> Iterator[None]:
+    """Lets operators run on fake tensors: on symbolic sizes some need torch's own dispatcher."""
+    with real_tensors_allowed(mode), mode, enable_python_dispatcher():
+        yield
 
 
 def trace_pre_dispatch(function: Any, inputs: list[Any]) -> fx.GraphModule:

@@ -53,8 +53,10 @@ def extend(facts: Facts, node: fx.Node, core: Core) -> tuple[fx.Node, Core, list
         base, committed = core, best[1]
         if value.layout != layout:
             seen = _seen_in(core, value.layout)
+            if seen is not None and not _is_laid_out_like(user, seen.x):
+                seen = None
             if seen is None:
-                if not _is_plain(committed) or g.packet(user) not in VIEWS | ARRANGEMENTS:
+                if g.packet(user) not in VIEWS | ARRANGEMENTS:
                     break
                 taken, last = [*taken, user], user
                 continue
@@ -91,6 +93,14 @@ def _in_views(facts: Facts, core: Core) -> Core:
 
 def _is_plain(core: Core) -> bool:
     return core.weight is None and core.bias is None
+
+
+def _is_laid_out_like(result: fx.Node, x: fx.Node) -> bool:
+    """Whether a norm of x lies in memory as a result does: later views may rely on it."""
+    made, given = g.tensor(result), g.tensor(x)
+    if made is None or given is None:
+        return False
+    return made.is_contiguous() or str(made.stride()) == str(given.stride())
 
 
 def _is_home(core: Core, layout: Layout) -> bool:

@@ -24,6 +24,9 @@ def lower(gm: fx.GraphModule) -> None:
     """Replaces every canonical node of the graph by ATen operators; changes the graph in place."""
     bodies: dict[Any, fx.GraphModule] = {}
     done: dict[Any, fx.Node] = {}  # what is computed already, until one of its operands changes
+    # what is written to, or returned, must be a tensor of its own
+    own = g.written_storages(gm.graph)
+    own |= {g.storage(returned) for returned in gm.graph.output_node().all_input_nodes}
     for node in list(gm.graph.nodes):
         if not g.is_call(node, norm):
             if g.mutated_arguments(node):
@@ -31,7 +34,7 @@ def lower(gm: fx.GraphModule) -> None:
             continue
         spec: Any = node.kwargs["spec"]
         key = (node.args, spec)
-        if key in done:
+        if key in done and not {g.storage(node), g.storage(done[key])} & own:
             node.replace_all_uses_with(done[key], propagate_meta=False)
             gm.graph.erase_node(node)
             continue

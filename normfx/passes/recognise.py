@@ -121,13 +121,14 @@ def _place(
     facts: Facts, node: fx.Node, core: Core, region: list[fx.Node]
 ) -> tuple[int, Site] | NearMiss | None:
     """Puts a canonical node in place of a region and the affine part after it, if safe."""
-    refused = facts.unsafe(node, core.inputs, region)
+    needed = _needed(node, region)
+    refused = facts.unsafe(node, core.inputs, needed)
     if refused is not None:
         code, guilty = refused
         detail = f"{_kind(facts, core)} not replaced"
         return NearMiss(_name(node), code, g.location(guilty), guilty.name, detail)
     last, extended, taken = extend(facts, node, core)
-    if taken and facts.unsafe(last, extended.inputs, [*region, *taken]) is not None:
+    if taken and facts.unsafe(last, extended.inputs, [*needed, *taken]) is not None:
         last, extended, taken = node, core, []
     if core.spec.statistic == "tanh" and extended.weight not in facts.constant:
         return None  # an activation
@@ -150,6 +151,14 @@ def _place(
     rule = f"recognise-{spec.origin.replace('_', '-')}"
     site.records.append(Record("recognise", rule, True, None, made.name, site.location))
     return facts.order[last], site
+
+
+def _needed(node: fx.Node, region: list[fx.Node]) -> list[fx.Node]:
+    """The part of a region that a value is made from: others may be made from its statistics."""
+    inside, found = set(region), [node]
+    for current in found:
+        found += [i for i in current.all_input_nodes if i in inside and i not in found]
+    return found
 
 
 def _kind(facts: Facts, core: Core) -> str:

@@ -338,7 +338,9 @@ def _core(
     layout: Layout = value.layout
     x, out = lift.seen_as(layout), g.dtype(node)
     placed, beyond = lift.axes.placed(layout, form.dims), lift.axes.placed(layout, form.beyond)
-    if x is None or out is None or placed is None or beyond is None or beyond.groups:
+    if x is None or out is None or placed is None or beyond is None:
+        return None
+    if form.statistic in FAMILIES and (placed.groups or placed.prefix or beyond.groups):
         return None
     stats = wide(g.dtype(x) or out)
     if any(g.dtype(inner) is torch.float64 for inner in region):
