@@ -23,7 +23,7 @@ from normfx.lifted import Lifted, Reduced, Stuck, literal
 if TYPE_CHECKING:
     from normfx.lift import Lift
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 Rule = Callable[["Lift", fx.Node], Any]
 
@@ -119,6 +119,20 @@ def _addcmul(lift: Lift, node: fx.Node) -> Any:
         lift.ring.mul(b, c) if g.packet(node) is aten.addcmul else _divide(lift.ring, b, c)
     )
     return None if product is None else Lifted(a + product.scaled(Fraction(scale)), layout)
+
+
+def _fma(lift: Lift, node: fx.Node) -> Any:
+    found = lift.elementwise(node, node.args[:3])
+    if found is None:
+        return None
+    (a, b, c), layout = found
+    return Lifted(lift.ring.mul(a, b) + c, layout)
+
+
+def _copy(lift: Lift, node: fx.Node) -> Any:
+    """What is written over something else, in its place and its dtype."""
+    found = lift.elementwise(node, node.args[1:2]) if g.dtype(node) in _EXACT_DTYPES else None
+    return None if found is None else Lifted(found[0][0], found[1])
 
 
 def _lerp(lift: Lift, node: fx.Node) -> Any:
@@ -470,6 +484,7 @@ RULES: dict[Any, Rule] = {
     aten.addcmul: _addcmul,
     aten.addcdiv: _addcmul,
     aten.lerp: _lerp,
+    prims.fma: _fma,
     # the same numbers
     aten.to: _same,
     aten._to_copy: _same,
@@ -478,6 +493,7 @@ RULES: dict[Any, Rule] = {
     aten.contiguous: _same,
     aten.alias: _same,
     aten.detach: _same,
+    aten.copy: _copy,
     aten.dropout: _same,
     # statistics
     aten.mean: _reduction(_mean),
