@@ -19,11 +19,12 @@ from normfx import graph as g
 from normfx.algebra import Poly, Ring
 from normfx.layout import arranged, plain
 from normfx.lifted import Lifted, Reduced, Stuck, literal
+from normfx.torch_internals import fused_multiply_add
 
 if TYPE_CHECKING:
     from normfx.lift import Lift
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
 Rule = Callable[["Lift", fx.Node], Any]
 
@@ -484,7 +485,7 @@ RULES: dict[Any, Rule] = {
     aten.addcmul: _addcmul,
     aten.addcdiv: _addcmul,
     aten.lerp: _lerp,
-    prims.fma: _fma,
+    fused_multiply_add(): _fma,
     # the same numbers
     aten.to: _same,
     aten._to_copy: _same,

@@ -21,6 +21,7 @@ from normfx.capture import capture
 from normfx.errors import StageError
 from normfx.options import Options
 from normfx.passes.fold import fold
+from normfx.passes.fold_back import fold_back
 from normfx.passes.hoist import Hoisted, hoist
 from normfx.passes.lower import lower
 from normfx.passes.recognise import recognise
@@ -81,11 +82,13 @@ def rewrite(
         recognise(captured, journal, grad=grad)
     watch("recognise", captured)
     with _stage("fold", journal):
-        fold(captured, options, blocked=_blocked(grad, tracked, in_body))
+        blocked = _blocked(grad, tracked, in_body)
+        fold_back(captured, options, blocked=blocked)
+        fold(captured, options, blocked=blocked)
     watch("fold", captured)
     hoisted = None
     with _stage("hoist", journal):
-        if not _blocked(grad, tracked, in_body) and options.allows("hoist"):
+        if not blocked and options.allows("hoist"):
             hoisted = hoist(captured, journal)
     watch("hoist", captured)
     with _stage("lower", journal):

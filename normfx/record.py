@@ -29,6 +29,8 @@ class Refusal(enum.Enum):
     EXTRA_USER = "extra-user"
     NOT_LINEAR = "reader-not-linear"
     NO_READER = "no-reader"
+    NOT_LINEAR_BEFORE = "writer-not-linear"
+    CHANNELS_MIXED = "channels-mixed"
     NEEDS_GRAD = "needs-grad"
     NOT_CONSTANT = "affine-not-constant"
     WEIGHT_NOT_CONSTANT = "weight-not-constant"
@@ -100,6 +102,14 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.NOT_LINEAR: Explanation(
         "A reader of the norm's result is not linear in it.",
         "Only linear readers can take the weight and bias over.",
+    ),
+    Refusal.NOT_LINEAR_BEFORE: Explanation(
+        "What makes the norm's input is no linear operator or convolution, or of another dtype.",
+        "Nothing to do; the norm stays.",
+    ),
+    Refusal.CHANNELS_MIXED: Explanation(
+        "The channels of the norm are not those that the operator before it makes.",
+        "Nothing to do; the norm stays.",
     ),
     Refusal.NO_READER: Explanation("Nothing reads the norm's result.", "Nothing to do."),
     Refusal.NEEDS_GRAD: Explanation(

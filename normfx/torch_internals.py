@@ -34,6 +34,14 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
 
+def fused_multiply_add() -> Any:
+    """The operator a*b + c that dynamo makes of in-place `addcmul`, or None before torch has it."""
+    from torch._inductor import inductor_prims
+
+    made = getattr(inductor_prims, "fma", None)
+    return getattr(made, "overloadpacket", made)
+
+
 def fake_mode_of(values: Any) -> FakeTensorMode:
     """The fake mode of these values: dynamo's, not the one its tracing context then holds."""
     for leaf in tree_leaves(values):

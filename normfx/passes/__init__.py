@@ -4,6 +4,9 @@ from __future__ import annotations
 
 # rule -> what it does, in the order the pipeline runs them
 RULES: dict[str, str] = {
+    "fold-statistics-into-previous": (
+        "a norm whose statistics are given into the linear operator or convolution before it"
+    ),
     "fold-affine-into-linear": "a norm's weight and bias into those of every linear reader",
     "hoist": "computations that read only parameters run once, outside of the graph",
 }

@@ -20,6 +20,7 @@ from torch import fx
 from normfx import graph as g
 from normfx.ops import norm
 from normfx.options import Options
+from normfx.passes.emit import Emitter
 from normfx.record import Record, Refusal
 
 aten = torch.ops.aten
@@ -274,7 +275,7 @@ def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
     dtype = g.dtype(reader.weight)
     assert dtype is not None
     with graph.inserting_before(node):
-        emit = _Emitter(graph, node)
+        emit = Emitter(graph, node, RULE)
         exact = emit(aten.to.dtype, reader.weight, torch.float64)
         folded, shift = reader.weight, None
         if weight is not None:
@@ -308,7 +309,7 @@ def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
         node.args = (source, folded)
     else:  # a bias is made: the product becomes a linear layer, which adds it in its epilogue
         with graph.inserting_before(node):
-            transposed = _Emitter(graph, node)(aten.t.default, folded)
+            transposed = Emitter(graph, node, RULE)(aten.t.default, folded)
         node.target = aten.linear.default
         node.args = (source, transposed, new_bias)
 
@@ -319,18 +320,3 @@ def _column(reader: Reader) -> torch.Tensor:
     assert held is not None
     with g.fake_mode(reader.weight), torch.no_grad():
         return held.new_empty(held.shape[0 if reader.out_first else 1])
-
-
-class _Emitter:
-    """Makes nodes at a place; only results get a value, that of what they replace."""
-
-    def __init__(self, graph: fx.Graph, at: fx.Node) -> None:
-        self.graph, self.at = graph, at
-
-    def __call__(self, target: Any, *args: Any, like: Any = None) -> fx.Node:
-        made = self.graph.call_function(target, args)
-        if like is not None:
-            made.meta["val"] = like
-        made.meta["stack_trace"] = self.at.meta.get("stack_trace")
-        made.meta["normfx_rule"] = RULE
-        return made

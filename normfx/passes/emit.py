@@ -1,0 +1,29 @@
+"""Emit: new nodes in front of an old one, for the rules that compute weights from weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+
+class Emitter:
+    """Makes nodes at a place; only results get a value, that of what they replace.
+
+    Args:
+        graph: the graph.
+        at: the node that the new ones serve; they stand where the graph inserts.
+        rule: the rule that makes them.
+    """
+
+    def __init__(self, graph: fx.Graph, at: fx.Node, rule: str) -> None:
+        self.graph, self.at, self.rule = graph, at, rule
+
+    def __call__(self, target: Any, *args: Any, like: Any = None) -> fx.Node:
+        """A call of an operator, with the value of `like` where a later stage asks for one."""
+        made = self.graph.call_function(target, args)
+        if like is not None:
+            made.meta["val"] = like
+        made.meta["stack_trace"] = self.at.meta.get("stack_trace")
+        made.meta["normfx_rule"] = self.rule
+        return made

@@ -1,0 +1,286 @@
+"""Fold back: a norm whose statistics are given into the linear operator or convolution before it.
+
+    s * (V x + c) + t  =  (diag(s) V) x + (s * c + t)
+
+with s = w / sqrt(v + eps) and t = b - m * s for each channel: the norm vanishes. It holds for any
+padding, stride and grouping, since s and t come after the operator. The operator must have no other
+reader; what lies between may only move the channels, not mix them. Folded weights are computed in
+float64 and rounded once, and are ordinary nodes of the graph, which `hoist` moves out of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from normfx import graph as g
+from normfx.laws import ARRANGEMENTS, VIEWS
+from normfx.layout import Axes, arranged
+from normfx.ops import norm
+from normfx.options import Options
+from normfx.passes.emit import Emitter
+from normfx.record import Record, Refusal
+
+aten = torch.ops.aten
+
+RULE = "fold-statistics-into-previous"
+
+# What may stand between the operator and the norm: copies, and what moves channels as a whole.
+_COPIES = frozenset({aten.clone, aten.contiguous, aten.alias, aten.detach, aten.dropout})
+_CONVOLUTIONS = frozenset({aten.conv1d, aten.conv2d, aten.conv3d})
+_TRANSPOSED = frozenset({aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d})
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """The operator that makes the channels a norm scales.
+
+    Attributes:
+        node: the operator.
+        weight: its weight, a parameter.
+        bias: its bias, or None.
+        dim: the dim of the weight that numbers the channels.
+        groups: of a transposed convolution: its channels are numbered by (group, dim).
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    dim: int
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why a norm stays, and the node that made it so."""
+
+    code: Refusal
+    node: fx.Node
+
+
+def fold_back(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
+    """Folds every norm whose statistics are given into the operator before it, where it may.
+
+    Args:
+        gm: a graph with canonical nodes; changed in place.
+        options: says whether the rule may run.
+        blocked: why nothing may be folded in this graph (gradients flow, say), or None.
+
+    Every norm with given statistics gets one record.
+
+    Refuses:
+        rule-off, needs-grad, inside-a-body, weight-not-tracked, mutation-between,
+        affine-not-constant, writer-not-linear, extra-user, weight-not-constant, range-too-small,
+        channels-mixed.
+    """
+    constant = g.parameter_only(gm.graph)
+    written = g.written_storages(gm.graph)
+    for node in list(gm.graph.find_nodes(op="call_function", target=norm)):
+        spec: Any = node.kwargs["spec"]
+        if spec.statistic not in ("running", "static") or node.args[0] in constant:
+            continue
+        site = node.meta["normfx_site"]
+        plan = _check(node, constant, written, options, blocked=blocked)
+        if isinstance(plan, Refused):
+            record = Record("fold", RULE, False, plan.code, plan.node.name, g.location(plan.node))
+        else:
+            _replace(gm.graph, node, plan)
+            record = Record("fold", RULE, True, None, node.name, site.location, plan.node.name)
+        site.records.append(record)
+
+
+def _check(
+    node: fx.Node,
+    constant: set[fx.Node],
+    written: set[int | None],
+    options: Options,
+    *,
+    blocked: Refusal | None,
+) -> Writer | Refused:
+    if not options.allows(RULE):
+        return Refused(Refusal.RULE_OFF, node)
+    if blocked is not None:
+        return Refused(blocked, node)
+    spec: Any = node.kwargs["spec"]
+    operands: Any = node.args[1:]
+    for operand in operands:
+        if operand is not None and operand not in constant:
+            return Refused(Refusal.NOT_CONSTANT, operand)
+    channel = _channel_dim(node)
+    if channel is None:
+        return Refused(Refusal.CHANNELS_MIXED, node)
+    reader, source = node, node.args[0]
+    while True:
+        assert isinstance(source, fx.Node)
+        if len(source.users) > 1:
+            others = [user for user in source.users if user is not reader]
+            return Refused(Refusal.EXTRA_USER, others[0])
+        if g.storage(source) in written:
+            return Refused(Refusal.MUTATED, source)
+        if g.dtype(source) != spec.out_dtype:
+            return Refused(Refusal.NOT_LINEAR_BEFORE, source)
+        writer = _writer(source, channel)
+        if isinstance(writer, Writer):
+            break
+        before = _moved(source, channel)
+        if writer is not None or before is None:
+            return writer or Refused(Refusal.NOT_LINEAR_BEFORE, source)
+        if before < 0:
+            return Refused(Refusal.CHANNELS_MIXED, source)
+        reader, source, channel = source, source.args[0], before
+    if writer.weight not in constant or (writer.bias is not None and writer.bias not in constant):
+        return Refused(Refusal.WEIGHT_NOT_CONSTANT, writer.node)
+    if g.dtype(writer.weight) is torch.float16:
+        return Refused(Refusal.RANGE, writer.node)
+    return writer
+
+
+def _channel_dim(node: fx.Node) -> int | None:
+    """The dim of x that every operand of the norm runs along, or None."""
+    spec: Any = node.kwargs["spec"]
+    rank: Any = node.kwargs["rank"]
+    dims = {1 if rank > 1 else 0} if spec.statistic == "running" else set()
+    for operand in node.args[1:]:
+        shape = g.shape(operand)
+        if shape is None or (spec.statistic == "running" and operand in node.args[4:6]):
+            continue
+        if spec.affine_dim is not None and len(shape) == 1:
+            dims.add(spec.affine_dim)
+        else:
+            dims |= {rank - len(shape) + i for i, size in enumerate(shape) if str(size) != "1"}
+    return dims.pop() if len(dims) == 1 else None
+
+
+def _moved(node: fx.Node, dim: int) -> int | None:
+    """Where a dim was before a view or a copy: -1 if it was none; None for another operator."""
+    packet, shape = g.packet(node), g.shape(node)
+    if packet in _COPIES:
+        inactive = packet is not aten.dropout or not node.args[2]
+        return dim if inactive else None
+    before = g.shape(node.args[0]) if node.args else None
+    if shape is None or before is None:
+        return None
+    axes = Axes(before)
+    if packet in ARRANGEMENTS:
+        layout = arranged(g.permutation(node, len(shape)), axes.whole)
+    elif packet in VIEWS:
+        layout = axes.view(axes.whole, shape)
+    else:
+        return None
+    if layout is None or not layout[dim] or layout[dim] not in axes.whole:
+        return -1
+    return axes.whole.index(layout[dim])
+
+
+def _writer(node: fx.Node, channel: int) -> Writer | Refused | None:
+    """The operator that makes these channels; refused if it makes others; None if it is none."""
+    packet, rank = g.packet(node), len(g.shape(node) or ())
+    args: Any = node.args
+    if packet in _CONVOLUTIONS | _TRANSPOSED:
+        named = g.arguments(node)
+        spatial = len(g.shape(args[1]) or ()) - 2
+        made = rank - spatial - 1
+        transposed = packet in _TRANSPOSED
+        groups = named["groups"] if transposed else 1
+        found = Writer(node, args[1], named["bias"], 1 if transposed else 0, groups)
+    elif packet is aten.linear:
+        made = rank - 1
+        found = Writer(node, args[1], args[2] if len(args) > 2 else None, 0)
+    elif packet is aten.addmm:
+        named = g.arguments(node)
+        if named["beta"] != 1 or named["alpha"] != 1 or len(g.shape(args[0]) or ()) != 1:
+            return Refused(Refusal.NOT_LINEAR_BEFORE, node)
+        made, found = 1, Writer(node, args[2], args[0], 1)
+    elif packet is aten.mm or (packet is aten.matmul and len(g.shape(args[1]) or ()) == 2):
+        made, found = rank - 1, Writer(node, args[1], None, 1)
+    else:
+        return None
+    if made != channel or (packet is aten.linear and len(g.shape(args[1]) or ()) != 2):
+        return Refused(Refusal.CHANNELS_MIXED, node)
+    return found
+
+
+def _replace(graph: fx.Graph, node: fx.Node, writer: Writer) -> None:
+    with graph.inserting_before(writer.node):
+        emit = Emitter(graph, writer.node, RULE)
+        channels: Any = (g.shape(writer.weight) or ())[writer.dim]
+        scale, shift = _scale_and_shift(emit, node, channels * writer.groups)
+        _scale_weight(emit, writer, scale, shift)
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    spec: Any = node.kwargs["spec"]
+    if spec.contiguous:
+        with graph.inserting_before(node):
+            source = graph.call_function(aten.contiguous.default, (source,))
+            g.inherit_meta(source, node)
+    node.replace_all_uses_with(source, propagate_meta=False)
+    graph.erase_node(node)
+
+
+def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.Node, Any]:
+    """(s, t) of s * x + t, in float64, one number for each channel; t is None for zero."""
+    spec: Any = node.kwargs["spec"]
+    weight, bias, eps, mean, square = (
+        None if operand is None else _row(emit, operand, channels) for operand in node.args[1:6]
+    )
+    scale: Any = None
+    if spec.statistic == "running":
+        shifted = emit(aten.add.Tensor, square, spec.eps if eps is None else eps)
+        scale = emit(aten.rsqrt.default, shifted)
+    if spec.scale != 1.0:
+        one = _row(emit, emit(aten.full.default, [], 1.0), channels) if scale is None else scale
+        scale = emit(aten.mul.Tensor, one, spec.scale)
+    if weight is not None:
+        scale = weight if scale is None else emit(aten.mul.Tensor, scale, weight)
+    assert scale is not None  # a static norm has its root in its weight
+    shift: Any = bias
+    if mean is not None:
+        moved = emit(aten.mul.Tensor, mean, scale)
+        negative = emit(aten.neg.default, moved)
+        shift = negative if bias is None else emit(aten.sub.Tensor, bias, moved)
+    return scale, shift
+
+
+def _row(emit: Emitter, operand: Any, channels: int) -> fx.Node:
+    """An operand in float64, as one number for each channel."""
+    row = emit(aten.reshape.default, emit(aten.to.dtype, operand, torch.float64), [-1])
+    return emit(aten.expand.default, row, [channels])
+
+
+def _scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> None:
+    node, weight, bias = writer.node, writer.weight, writer.bias
+    shape: Any = g.shape(weight)
+    dtype = g.dtype(weight)
+    exact = emit(aten.to.dtype, weight, torch.float64)
+    if writer.groups > 1:  # (in, out of a group, ...): a number for each group and each out
+        exact = emit(aten.unflatten.int, exact, 0, [writer.groups, -1])
+        scale_shape: list[Any] = [writer.groups, 1, shape[1], *[1] * (len(shape) - 2)]
+    else:
+        scale_shape: list[Any] = [1] * len(shape)
+        scale_shape[writer.dim] = shape[writer.dim]
+    product = emit(aten.mul.Tensor, exact, emit(aten.reshape.default, scale, scale_shape))
+    if writer.groups > 1:
+        product = emit(aten.flatten.using_ints, product, 0, 1)
+    folded = emit(aten.to.dtype, product, dtype, like=g.value(weight))
+    if bias is not None:
+        scaled = emit(aten.mul.Tensor, emit(aten.to.dtype, bias, torch.float64), scale)
+        shift = scaled if shift is None else emit(aten.add.Tensor, shift, scaled)
+    if shift is not None:
+        like = g.value(bias)
+        if like is None:
+            with g.fake_mode(weight), torch.no_grad():
+                like = g.value(weight).new_empty(shape[writer.dim] * writer.groups)
+        shift = emit(aten.to.dtype, shift, like.dtype, like=like)
+    packet = g.packet(node)
+    if packet is aten.addmm:
+        node.args = (shift, node.args[1], folded)
+    elif packet in (aten.mm, aten.matmul) and shift is None:
+        node.args = (node.args[0], folded)
+    elif packet in (aten.mm, aten.matmul):  # a bias is made: the product becomes a linear layer
+        node.target = aten.linear.default
+        node.args = (node.args[0], emit(aten.t.default, folded), shift)
+    else:
+        node.args = (node.args[0], folded, shift, *node.args[3:])
