@@ -24,7 +24,17 @@ NOTICE = "<!-- Written by docs/generate.py. Change the code, then run `make docs
 
 # The files that recognition is made of; every other file of normfx/passes is named as its stage.
 RECOGNITION = frozenset(
-    {"affine", "composites", "facts", "materialise", "recognise", "shared", "spelled", "static"}
+    {
+        "affine",
+        "composites",
+        "facts",
+        "materialise",
+        "present",
+        "recognise",
+        "shared",
+        "spelled",
+        "static",
+    }
 )
 
 RULES_PAGE = """\
