@@ -238,13 +238,10 @@ def inherit_meta(new: fx.Node, old: fx.Node) -> None:
             new.meta[key] = old.meta[key]
 
 
-def erase_dead(nodes: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
-    """Erases those of the nodes that nothing reads any more, latest first, and returns them."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    erased = []
+def erase_dead(nodes: Iterable[fx.Node], order: dict[fx.Node, int]) -> None:
+    """Erases those of the nodes that nothing reads any more, latest first, also from the order."""
     left = [node for node in nodes if node in order]
     for node in sorted(left, key=order.__getitem__, reverse=True):
         if not node.users and node.op in ("call_function", "get_attr"):
-            graph.erase_node(node)
-            erased.append(node)
-    return erased
+            node.graph.erase_node(node)
+            del order[node]

@@ -88,6 +88,9 @@ def fold_back(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) 
             record = Record("fold", RULE, False, plan.code, plan.node.name, g.location(plan.node))
         else:
             _replace(gm.graph, node, plan)
+            # a second norm behind the first folds into the weights that the first has made
+            made = plan.node.all_input_nodes
+            constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
             record = Record("fold", RULE, True, None, node.name, site.location, plan.node.name)
         site.records.append(record)
 
@@ -135,7 +138,16 @@ def _check(
         return Refused(Refusal.WEIGHT_NOT_CONSTANT, writer.node)
     if g.dtype(writer.weight) is torch.float16:
         return Refused(Refusal.RANGE, writer.node)
+    # `linear` and `addmm` broadcast a bias: one for each row would be no bias after the scale
+    if writer.bias is not None and g.shape(writer.bias) != (_channels(writer),):
+        return Refused(Refusal.NOT_LINEAR_BEFORE, writer.node)
     return writer
+
+
+def _channels(writer: Writer) -> Any:
+    """How many channels an operator makes."""
+    shape: Any = g.shape(writer.weight)
+    return shape[writer.dim] * writer.groups
 
 
 def _channel_dim(node: fx.Node) -> int | None:
@@ -191,7 +203,7 @@ def _writer(node: fx.Node, channel: int) -> Writer | Refused | None:
         found = Writer(node, args[1], args[2] if len(args) > 2 else None, 0)
     elif packet is aten.addmm:
         named = g.arguments(node)
-        if named["beta"] != 1 or named["alpha"] != 1 or len(g.shape(args[0]) or ()) != 1:
+        if named["beta"] != 1 or named["alpha"] != 1:
             return Refused(Refusal.NOT_LINEAR_BEFORE, node)
         made, found = 1, Writer(node, args[2], args[0], 1)
     elif packet is aten.mm or (packet is aten.matmul and len(g.shape(args[1]) or ()) == 2):
@@ -204,10 +216,10 @@ def _writer(node: fx.Node, channel: int) -> Writer | Refused | None:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, writer: Writer) -> None:
+    _bring_up(node, writer.node)
     with graph.inserting_before(writer.node):
         emit = Emitter(graph, writer.node, RULE)
-        channels: Any = (g.shape(writer.weight) or ())[writer.dim]
-        scale, shift = _scale_and_shift(emit, node, channels * writer.groups)
+        scale, shift = _scale_and_shift(emit, node, _channels(writer))
         _scale_weight(emit, writer, scale, shift)
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -220,6 +232,19 @@ def _replace(graph: fx.Graph, node: fx.Node, writer: Writer) -> None:
     graph.erase_node(node)
 
 
+def _bring_up(node: fx.Node, writer: fx.Node) -> None:
+    """Moves what a norm's operands are computed by in front of the operator, which will read it."""
+    needed = {operand for operand in node.args[1:] if isinstance(operand, fx.Node)}
+    found, current = [], node.prev
+    while current is not writer:
+        if current in needed:
+            needed.update(current.all_input_nodes)
+            found.append(current)
+        current = current.prev
+    for current in reversed(found):
+        writer.prepend(current)
+
+
 def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.Node, Any]:
     """(s, t) of s * x + t, in float64, one number for each channel; t is None for zero."""
     spec: Any = node.kwargs["spec"]
@@ -230,9 +255,8 @@ def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.No
     if spec.statistic == "running":
         shifted = emit(aten.add.Tensor, square, spec.eps if eps is None else eps)
         scale = emit(aten.rsqrt.default, shifted)
-    if spec.scale != 1.0:
-        one = _row(emit, emit(aten.full.default, [], 1.0), channels) if scale is None else scale
-        scale = emit(aten.mul.Tensor, one, spec.scale)
+        if spec.scale != 1.0:
+            scale = emit(aten.mul.Tensor, scale, spec.scale)
     if weight is not None:
         scale = weight if scale is None else emit(aten.mul.Tensor, scale, weight)
     assert scale is not None  # a static norm has its root in its weight
@@ -272,7 +296,7 @@ def _scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> 
         like = g.value(bias)
         if like is None:
             with g.fake_mode(weight), torch.no_grad():
-                like = g.value(weight).new_empty(shape[writer.dim] * writer.groups)
+                like = g.value(weight).new_empty(_channels(writer))
         shift = emit(aten.to.dtype, shift, like.dtype, like=like)
     packet = g.packet(node)
     if packet is aten.addmm:
@@ -280,7 +304,9 @@ def _scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> 
     elif packet in (aten.mm, aten.matmul) and shift is None:
         node.args = (node.args[0], folded)
     elif packet in (aten.mm, aten.matmul):  # a bias is made: the product becomes a linear layer
+        with g.fake_mode(weight), torch.no_grad():
+            transposed = emit(aten.t.default, folded, like=g.value(weight).t())
         node.target = aten.linear.default
-        node.args = (node.args[0], emit(aten.t.default, folded), shift)
+        node.args = (node.args[0], transposed, shift)
     else:
         node.args = (node.args[0], folded, shift, *node.args[3:])

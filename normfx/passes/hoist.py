@@ -102,7 +102,8 @@ def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
         journal.folded_bytes += held.numel() * held.element_size()
     journal.hoisted = len(targets)
     positions = tuple(i for i, node in enumerate(placeholders) if node in needed)
-    g.erase_dead([n for n in needed if n.op == "call_function"], graph)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    g.erase_dead([n for n in needed if n.op == "call_function"], order)
     return Hoisted(compute, positions, tuple(values))
 
 

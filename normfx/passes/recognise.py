@@ -10,6 +10,8 @@ The graph runs after this stage; inner values that are read from outside stay wh
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import fx
 
@@ -46,13 +48,21 @@ def recognise(gm: fx.GraphModule, journal: Journal, *, grad: bool) -> None:
     placed: set[fx.Node] = set()  # nodes that are part of a norm
     missed: set[fx.Node] = set()  # nodes that a near miss stands for
 
-    def place(node: fx.Node, core: Core, region: list[fx.Node]) -> None:
+    def place(cores: list[tuple[fx.Node, Core]], region: list[fx.Node]) -> None:
         placed.update(region)
-        made = _place(facts, node, core, region)
-        if isinstance(made, NearMiss):
-            misses.append((None, made))
-        elif made is not None:
-            sites.append(made)
+        made: list[tuple[fx.Node, Core]] = []
+        dead = set(region)
+        for node, core in cores:
+            norm_of = _place(facts, node, core, region)
+            if isinstance(norm_of, NearMiss):
+                misses.append((None, norm_of))
+            elif norm_of is not None:
+                made.append((norm_of.node, norm_of.core))
+                dead |= {node, *norm_of.taken}
+                sites.append((facts.order[norm_of.node], norm_of.node.meta["normfx_site"]))
+        g.erase_dead(dead, facts.order)
+        for node, core in made:
+            share(facts, node, core)
 
     def miss(at: fx.Node, code: Refusal, guilty: fx.Node) -> None:
         misses.append((at, NearMiss(_name(at), code, g.location(guilty), guilty.name)))
@@ -60,16 +70,16 @@ def recognise(gm: fx.GraphModule, journal: Journal, *, grad: bool) -> None:
     for node in list(gm.graph.nodes):
         core = composite(node) if node.op == "call_function" else None
         if core is not None:
-            place(node, core, [node])
+            place([(node, core)], [node])
         elif g.packet(node) in REDUCTIONS and node not in placed and node.users:
             found = spelled(facts, node)
-            for value, spelled_core in found.cores:
-                place(value, spelled_core, found.region)
+            if found.cores:
+                place(found.cores, found.region)
             if found.miss is not None and node not in missed:
                 missed.update(found.region)
                 miss(found.miss.at, found.miss.code, found.miss.guilty)
     for node, core, region in list(static_norms(facts)):
-        place(node, core, region)
+        place([(node, core)], region)
     for node in gm.graph.nodes:
         if _divides(node) and node not in placed | missed | facts.constant:
             miss(node, Refusal.UNKNOWN_STATISTIC, node)
@@ -117,9 +127,17 @@ _SPREADS = frozenset(
 )
 
 
+class Placed(NamedTuple):
+    """A canonical node, what it was made from, and the operators of the affine part."""
+
+    node: fx.Node
+    core: Core
+    taken: list[fx.Node]
+
+
 def _place(
     facts: Facts, node: fx.Node, core: Core, region: list[fx.Node]
-) -> tuple[int, Site] | NearMiss | None:
+) -> Placed | NearMiss | None:
     """Puts a canonical node in place of a region and the affine part after it, if safe."""
     needed = _needed(node, region)
     refused = facts.unsafe(node, core.inputs, needed)
@@ -146,11 +164,9 @@ def _place(
     made.meta["normfx_site"] = site
     made.meta["normfx_region"] = last.name
     last.replace_all_uses_with(made, propagate_meta=False)
-    g.erase_dead({*region, *taken, node}, facts.graph)
-    share(facts, made, extended)
     rule = f"recognise-{spec.origin.replace('_', '-')}"
     site.records.append(Record("recognise", rule, True, None, made.name, site.location))
-    return facts.order[last], site
+    return Placed(made, extended, taken)
 
 
 def _needed(node: fx.Node, region: list[fx.Node]) -> list[fx.Node]:

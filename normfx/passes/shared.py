@@ -39,10 +39,11 @@ def share(facts: Facts, made: fx.Node, core: Core) -> None:
         return
     layout = lift.values[core.x].layout
     mean = square = None
-    for node in made.graph.nodes:
-        if node is made:
-            break
-        value = lift.values.get(node)
+    left = [
+        node for node in lift.values if facts.order.get(node, facts.order[made]) < facts.order[made]
+    ]
+    for node in sorted(left, key=facts.order.__getitem__):
+        value = lift.values[node]
         if not isinstance(value, Lifted) or g.dtype(node) != spec.stats_dtype or not node.users:
             continue
         if not fits(lift, Operand(node, value.layout), layout):
