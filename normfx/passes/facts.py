@@ -19,7 +19,7 @@ class Facts:
         self.order = {node: index for index, node in enumerate(gm.graph.nodes)}
         self.constant = g.parameter_only(gm.graph)
         self._writes = [
-            (node, {g.storage(a) for a in g.mutated_arguments(node)})
+            (self.order[node], node, {g.storage(a) for a in g.mutated_arguments(node)})
             for node in gm.graph.nodes
             if g.mutated_arguments(node)
         ]
@@ -64,8 +64,8 @@ class Facts:
         inside = [n for n in (*region, node) if self.order[n] <= self.order[node]]
         first, last = min(self.order[n] for n in inside), self.order[node]
         watched = {g.storage(n) for n in (*inputs, *inside)} - {None}
-        for writer, written in self._writes:
-            if first <= self.order[writer] < last and written & watched:
+        for at, writer, written in self._writes:
+            if first <= at < last and written & watched:
                 return Refusal.MUTATED, writer
         if len({self._grad_mode(n) for n in inside}) > 1:
             return Refusal.GRAD_MODE, node

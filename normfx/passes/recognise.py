@@ -50,19 +50,15 @@ def recognise(gm: fx.GraphModule, journal: Journal, *, grad: bool) -> None:
 
     def place(cores: list[tuple[fx.Node, Core]], region: list[fx.Node]) -> None:
         placed.update(region)
-        made: list[tuple[fx.Node, Core]] = []
-        dead = set(region)
-        for node, core in cores:
-            norm_of = _place(facts, node, core, region)
-            if isinstance(norm_of, NearMiss):
-                misses.append((None, norm_of))
-            elif norm_of is not None:
-                made.append((norm_of.node, norm_of.core))
-                dead |= {node, *norm_of.taken}
-                sites.append((facts.order[norm_of.node], norm_of.node.meta["normfx_site"]))
-        g.erase_dead(dead, facts.order)
-        for node, core in made:
-            share(facts, node, core)
+        for index, (node, core) in enumerate(cores):
+            made = _place(facts, node, core, region)
+            if isinstance(made, NearMiss):
+                misses.append((None, made))
+            elif made is not None:
+                sites.append((facts.order[made.node], made.node.meta["normfx_site"]))
+                read = {n for _, later in cores[index + 1 :] for n in later.inputs}
+                g.erase_dead({*region, *made.taken, node} - read, facts.order)
+                share(facts, made.node, made.core)
 
     def miss(at: fx.Node, code: Refusal, guilty: fx.Node) -> None:
         misses.append((at, NearMiss(_name(at), code, g.location(guilty), guilty.name)))

@@ -230,8 +230,8 @@ def refused(model, *inputs, rules=None):
     texts, journal = stages_of(model, *inputs, rules=rules)
     assert texts["fold"] == texts["recognise"]
     (site,) = journal.sites
-    (record,) = [r for r in site.records if r.stage == "fold"]
-    assert record.rule == RULE
+    (record,) = [r for r in site.records if r.rule == RULE]
+    assert record.stage == "fold"
     assert not record.changed
     assert record.node
     assert site.actions == []
