@@ -37,7 +37,7 @@ class Family:
     Attributes:
         kind: the usual name, for reports.
         match: the form of a polynomial that consists of a single term, or None. It is given the
-            ring, the number in front, and the other factors (x itself left out where it is one).
+            ring, the number in front, and the factors that x or its moments occur in.
         body: y of x in the dtype of the statistics, the spec and the operands by name.
     """
 
@@ -52,10 +52,12 @@ def match_family(ring: Ring, value: Poly) -> Form | None:
         return None
     ((monomial, coefficient),) = value.terms.items()
     front, factors = constants(ring, monomial)
+    weight = tuple(pair for pair in factors if free_of_x(ring, (pair,)))
+    factors = tuple(pair for pair in factors if pair not in weight)
     for family in FAMILIES.values():
         found = family.match(ring, front * float(coefficient), factors)
         if found is not None:
-            return found
+            return replace(found, weight=Poly({weight: Fraction(1)}))
     return None
 
 

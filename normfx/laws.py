@@ -17,7 +17,7 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.algebra import Poly, Ring
-from normfx.layout import arranged, plain
+from normfx.layout import arranged, is_one, plain
 from normfx.lifted import Lifted, Reduced, Stuck, literal
 from normfx.torch_internals import fused_multiply_add
 
@@ -273,17 +273,17 @@ def _variance(*, root: bool, with_mean: bool) -> Rule:
     return rule
 
 
-def _contraction(equation: str | None = None) -> Rule:
+def _contraction(equation: str | Callable[[fx.Node], str | None]) -> Rule:
     """A sum of products, as an einsum of two operands: sum p*q = n * E[p*q]."""
 
     def rule(lift: Lift, node: fx.Node) -> Any:
-        operands: Any = node.args[:2]
-        text: Any = equation
-        if text is None:  # einsum itself
-            text, operands = node.args[0], node.args[1]
-        inputs, _, output = text.replace(" ", "").partition("->")
+        text = equation if isinstance(equation, str) else equation(node)
+        if text is None:
+            return None
+        operands: Any = node.args[:2] if isinstance(node.args[0], fx.Node) else node.args[1]
+        inputs, _, output = text.partition("->")
         words = inputs.split(",")
-        if len(operands) != 2 or len(words) != 2 or "->" not in text or "." in text:
+        if len(operands) != 2 or len(words) != 2:
             return None
         axes: dict[str, tuple[int, ...]] = {}
         sizes: dict[str, Any] = {}
@@ -315,6 +315,45 @@ def _contraction(equation: str | None = None) -> Rule:
     return rule
 
 
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _einsum(node: fx.Node) -> str | None:
+    """The equation of an einsum, with letters for an ellipsis that is the same for both."""
+    text: Any = node.args[0]
+    operands: Any = node.args[1]
+    text = text.replace(" ", "")
+    if "->" not in text or not text.replace(".", "").replace(",", "").replace("->", "").isalpha():
+        return None
+    words = text.partition("->")[0].split(",")
+    ranks = [len(g.shape(operand) or ()) for operand in operands]
+    dots = {r - len(w) + 3 for w, r in zip(words, ranks, strict=True) if "..." in w}
+    if len(dots) > 1:
+        return None
+    free = [letter for letter in _LETTERS.upper() if letter not in text]
+    return text.replace("...", "".join(free[: dots.pop()])) if dots else text
+
+
+def _matmul(node: fx.Node) -> str | None:
+    a, b = (len(g.shape(operand) or ()) for operand in node.args[:2])
+    if a == b == 1:
+        return "i,i->"
+    if (a, b) == (2, 1):
+        return "ij,j->i"
+    if a != b:
+        return None
+    batch = _LETTERS[: a - 2]
+    return f"{batch}xy,{batch}yz->{batch}xz"
+
+
+def _vecdot(node: fx.Node) -> str | None:
+    ranks = [len(g.shape(operand) or ()) for operand in node.args[:2]]
+    if ranks[0] != ranks[1]:
+        return None
+    word, dim = _LETTERS[: ranks[0]], g.arguments(node)["dim"] % ranks[0]
+    return f"{word},{word}->{word[:dim]}{word[dim + 1 :]}"
+
+
 def _slice(lift: Lift, node: fx.Node) -> Any:
     """A slice of x along one dim, where everything else is constant along it."""
     named = g.arguments(node)
@@ -322,6 +361,17 @@ def _slice(lift: Lift, node: fx.Node) -> Any:
     if not isinstance(start, int) or start < 0 or step != 1:
         return None
     return _sliced(lift, node.args[0], named["dim"], start, g.shape(node))
+
+
+def _select(lift: Lift, node: fx.Node) -> Any:
+    """The only element along a dim of size one."""
+    source: Any = node.args[0]
+    dim = g.arguments(node)["dim"]
+    value, sizes = lift.value_of(source), g.shape(source)
+    if not isinstance(value, Lifted) or sizes is None or not is_one(sizes[dim]):
+        return None
+    dim %= len(sizes)
+    return Lifted(value.poly, value.layout[:dim] + value.layout[dim + 1 :])
 
 
 def _split(lift: Lift, node: fx.Node) -> Any:
@@ -516,7 +566,10 @@ RULES: dict[Any, Rule] = {
     aten.vdot: _contraction("i,i->"),
     aten.mv: _contraction("ij,j->i"),
     aten.bmm: _contraction("bij,bjk->bik"),
-    aten.einsum: _contraction(),
+    aten.matmul: _contraction(_matmul),
+    aten.inner: _contraction("i,i->"),
+    aten.linalg_vecdot: _contraction(_vecdot),
+    aten.einsum: _contraction(_einsum),
     # functions of which only the name is known
     aten.sigmoid: _function("sigmoid", nonnegative=True),
     aten.silu: _function("sigmoid", nonnegative=True, times_argument=True),
@@ -531,7 +584,9 @@ RULES: dict[Any, Rule] = {
     aten.repeat_interleave: _repeat_interleave,
     aten.slice: _slice,
     aten.narrow: _slice,
+    aten.select: _select,
     aten.split: _split,
     aten.split_with_sizes: _split,
     aten.chunk: _split,
+    aten.tensor_split: _split,
 }

@@ -119,11 +119,11 @@ def _presented(spec: NormSpec, form: Form, n: Fraction | None) -> NormSpec | Non
         # a root without eps: torch's norm and deviation know its slope at zero
         spec = spec._replace(eps_place="outside")
     if spec.statistic == "compressed":
-        if n is None or not close(n, form.ratio) or spec.eps_place != "inside":
+        if n is None or not close(n, form.ratio):
             return None
         share = float(n / (n + 1))
         spec = spec._replace(scale=spec.scale * math.sqrt(share))
-        return _scaled_eps(spec, share)
+        return _scaled_eps(spec, _by_place(spec, share))
     if spec.statistic == "bilinear":  # of a sum, as n cancels
         return None if n is None else spec._replace(scale=_tidy(spec.scale * float(n)))
     if spec.statistic == "global-response":

@@ -51,11 +51,16 @@ REDUCTIONS = frozenset(
         aten.dot,
         aten.mv,
         aten.bmm,
+        aten.matmul,
+        aten.inner,
+        aten.linalg_vecdot,
         aten.einsum,
         aten.tanh,
     }
 )
-_PRODUCTS = frozenset({aten.dot, aten.mv, aten.bmm, aten.einsum})
+_PRODUCTS = frozenset(
+    {aten.dot, aten.mv, aten.bmm, aten.matmul, aten.inner, aten.linalg_vecdot, aten.einsum}
+)
 # What a statistic may be taken of, other than x itself.
 _LOOK_THROUGH = frozenset(
     {
@@ -78,6 +83,8 @@ _LOOK_THROUGH = frozenset(
         aten.narrow,
         aten.split,
         aten.split_with_sizes,
+        aten.chunk,
+        aten.tensor_split,
         aten.pad,
         aten.constant_pad_nd,
         operator.getitem,
