@@ -380,13 +380,18 @@ class Ring:
         index = self._index.get(("m", tuple((i, _whole(2 * e)) for i, e in inner), atom.key))
         return None if index is None else ((index, 1),)
 
+    def varies(self, p: Poly) -> frozenset[int]:
+        """The axes along which a polynomial is not constant."""
+        return frozenset().union(*(self.atoms[i].varies for i in p.atoms()))
+
     def order_of(self, atom: Atom) -> int | None:
         """K where an atom is E_D[x^k] of x or of a slice of x, else None."""
         if atom.kind != "moment" or atom.base is None:
             return None
         ((monomial, _),) = atom.base.terms.items()
-        if len(monomial) != 1 or self.atoms[monomial[0][0]].kind != "x":
-            return None
+        x = self.atoms[monomial[0][0]]
+        if len(monomial) != 1 or x.kind != "x" or not x.varies - atom.key <= self.axes:
+            return None  # of a slice, all of which must be reduced
         return monomial[0][1] if isinstance(monomial[0][1], int) else None
 
     def _is_nonnegative_power(self, index: int, exponent: Exponent) -> bool:

@@ -163,6 +163,8 @@ def _same(lift: Lift, node: fx.Node) -> Any:
 def _reduction(of: Callable[[Ring, Reduced], Poly | None]) -> Rule:
     def rule(lift: Lift, node: fx.Node) -> Any:
         named = g.arguments(node)
+        if named.get("dtype") not in _EXACT_DTYPES | {None}:
+            return None
         found = lift.reduce(node.args[0], named.get("dim"), bool(named.get("keepdim")))
         result = None if found is None else of(lift.ring, found)
         return None if found is None or result is None else Lifted(result, found.layout)
@@ -206,19 +208,27 @@ def _correction(node: fx.Node) -> Any:
     return 1 if given is None else given
 
 
+_POOLED = {aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten.avg_pool3d: 3}
+
+
 def _window_mean(lift: Lift, node: fx.Node) -> Any:
     """A mean over neighbours along one axis of what has zeros around it: an average pool."""
     named = g.arguments(node)
     padded = named["self"]
-    rank, spatial = len(g.shape(node) or ()), len(named["kernel_size"])
-    kernel = named["kernel_size"]
+    pooled: Any = g.packet(node)
+    rank, spatial = len(g.shape(node) or ()), _POOLED[pooled]
+
+    def for_each(sizes: Any) -> list[Any]:  # one number stands for all dims
+        return list(sizes) * spatial if len(sizes) == 1 else list(sizes)
+
+    kernel = for_each(named["kernel_size"])
     wide = [i for i, size in enumerate(kernel) if size != 1]
     if len(wide) != 1 or named.get("divisor_override") is not None:
         return None
-    if any(size != 1 for size in named["stride"] or kernel):
+    if any(size != 1 for size in for_each(named["stride"] or kernel)):
         return None
     around = [(0, 0)] * rank
-    for i, size in enumerate(named["padding"]):
+    for i, size in enumerate(for_each(named["padding"])):
         around[rank - spatial + i] = (size, size)
     source = padded
     if g.packet(padded) in PADS:
@@ -240,8 +250,8 @@ def _window_mean(lift: Lift, node: fx.Node) -> Any:
     value = lift.value_of(source) if isinstance(source, fx.Node) else None
     if around[dim] != (window // 2, (window - 1) // 2) or not isinstance(value, Lifted):
         return None
-    if len(value.layout[dim]) != 1:
-        return None
+    if len(value.layout[dim]) != 1 or not lift.ring.varies(value.poly) & set(value.layout[dim]):
+        return None  # what is constant varies near the ends, where zeros are
     nonnegative = lift.ring.is_nonnegative(value.poly)
     key = ("window", value.layout[dim][0], window)
     return Lifted(lift.ring.function(key, value.poly, nonnegative=nonnegative), value.layout)
@@ -396,6 +406,8 @@ def _sliced(lift: Lift, source: Any, dim: int, start: int, shape: Any) -> Lifted
     dim %= len(shape)
     if len(value.layout[dim]) != 1:
         return None
+    if is_one(shape[dim]):
+        return None  # one element has no axis: it broadcasts against the others
     (axis,) = value.layout[dim]
     part = lift.axes.slice(axis, start, shape[dim])
     poly = lift.ring.sliced(value.poly, axis, part)

@@ -71,7 +71,10 @@ class Lift:
         rule = RULES.get(g.packet(node)) if g.packet(node) is not None else RULES.get(node.target)
         result = None
         if rule is not None:
-            result = rule(self, node)
+            try:
+                result = rule(self, node)
+            except (OverflowError, ValueError):
+                pass  # an infinity or a nan, which is no fraction
             if result is None and self.stuck is None:
                 self.stuck = Stuck("operator-law", node)
         self.values[node] = result
@@ -134,7 +137,8 @@ class Lift:
             if factor.is_Integer:
                 result = result.scaled(Fraction(int(factor)))
             else:
-                symbol = self.ring.opaque(("symbol", str(factor)), nonnegative=True)
+                size = bool(factor.is_Symbol)  # a size less a number may be negative
+                symbol = self.ring.opaque(("symbol", str(factor)), nonnegative=size)
                 result = self.ring.mul(result, symbol)
         return result
 

@@ -3,7 +3,9 @@
 An in-place update (an optimizer step, `copy_`, `load_state_dict`) bumps a tensor's version;
 `assign=True` hands another tensor to the call; `p.data = t` moves the tensor to other memory. All
 three are compared at every call, and memory that was freed since counts as other memory.
-`p.data.mul_()` changes none of them: `normfx.refold()` is for that.
+`p.data.mul_()` changes none of them: `normfx.refold()` is for that. Neither does `batch_norm` in
+training mode, when it updates running statistics: buffers that may be such are compared by value,
+on the CPU, where that needs no synchronisation.
 
 Dynamo runs the same compiled code for every module that its guards admit, so the parameters of a
 call may be those of another model, or of the next block. Each set of parameters has hoisted tensors
@@ -32,15 +34,17 @@ class _Entry:
         owners: weak references to the parameters.
         seen: position among the arguments, owner, version and address of each; empty once the
             memory of one is gone, so that an address that comes back is not mistaken for the old.
+        copies: position and value of those that may change without a new version.
         hoisted: what was made from them.
     """
 
-    __slots__ = ("__weakref__", "_positions", "_storages", "hoisted", "owners", "seen")
+    __slots__ = ("__weakref__", "_positions", "_storages", "copies", "hoisted", "owners", "seen")
 
     def __init__(self, positions: tuple[int, ...] = (), owners: tuple[Any, ...] = ()) -> None:
         self._positions = positions
         self.owners = owners
         self.seen: tuple[tuple[int, Any, int, int], ...] = ()
+        self.copies: tuple[tuple[int, torch.Tensor], ...] = ()
         self.hoisted: tuple[torch.Tensor, ...] = ()
         self._storages: tuple[Any, ...] = ()
 
@@ -58,13 +62,33 @@ class _Entry:
             (position, owner, 0 if frozen else t._version, t.data_ptr())
             for position, owner, t in zip(self._positions, self.owners, tensors, strict=True)
         )
+        self.copies = tuple(
+            (position, t.detach().clone())
+            for position, t in zip(self._positions, tensors, strict=True)
+            if not frozen and _may_change_unseen(t)
+        )
 
     def is_fresh(self, tensors: list[torch.Tensor], *, frozen: bool) -> bool:
         """Whether these parameters are as they were seen last."""
-        return bool(self.seen) and all(
-            t is owner() and (frozen or (t._version == version and t.data_ptr() == pointer))
-            for t, (_, owner, version, pointer) in zip(tensors, self.seen, strict=True)
+        return (
+            bool(self.seen)
+            and all(
+                t is owner() and (frozen or (t._version == version and t.data_ptr() == pointer))
+                for t, (_, owner, version, pointer) in zip(tensors, self.seen, strict=True)
+            )
+            and self.keeps_values(dict(zip(self._positions, tensors, strict=True)))
         )
+
+    def keeps_values(self, tensors: Any) -> bool:
+        """Whether what is compared by value has its old one; the tensors by their positions."""
+        return all(torch.equal(tensors[position], copy) for position, copy in self.copies)
+
+
+def _may_change_unseen(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may be a running statistic, and can be compared without waiting."""
+    is_buffer = not isinstance(tensor, torch.nn.Parameter)
+    one_a_channel = tensor.dim() == 1 and tensor.is_floating_point()
+    return is_buffer and one_a_channel and tensor.device.type == "cpu"
 
 
 class LiveWeights:
@@ -104,6 +128,8 @@ class LiveWeights:
                     or argument is not owner()
                 ):
                     return call(*args, *self._refreshed(args))
+            if entry.copies and not entry.keeps_values(args):
+                return call(*args, *self._refreshed(args))
             return call(*args, *entry.hoisted)
 
         def with_frozen_weights(*args: Any) -> Any:

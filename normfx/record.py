@@ -31,6 +31,7 @@ class Refusal(enum.Enum):
     NO_READER = "no-reader"
     NOT_LINEAR_BEFORE = "writer-not-linear"
     CHANNELS_MIXED = "channels-mixed"
+    STATISTICS = "statistics-not-tracked"
     NEEDS_GRAD = "needs-grad"
     NOT_CONSTANT = "affine-not-constant"
     WEIGHT_NOT_CONSTANT = "weight-not-constant"
@@ -106,6 +107,10 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.NOT_LINEAR_BEFORE: Explanation(
         "What makes the norm's input is no linear operator or convolution, or of another dtype.",
         "Nothing to do; the norm stays.",
+    ),
+    Refusal.STATISTICS: Explanation(
+        "Eager batch_norm in training mode changes running statistics without a trace of it.",
+        'Pass options={"weights": "frozen"}, and call normfx.refold after they changed.',
     ),
     Refusal.CHANNELS_MIXED: Explanation(
         "The channels of the norm are not those that the operator before it makes.",

@@ -154,3 +154,270 @@ def test_the_gradient_of_an_rms_norm_is_the_stated_one():
     for x, given in zip(X, stated, strict=True):
         derived = sum(y * sp.diff(out, x) for y, out in zip(Y, outputs, strict=True))
         assert_zero(sp.together(derived - given))
+
+
+# -- means over axes -----------------------------------------------------------------------------
+
+ROWS, COLUMNS = 2, 3
+GRID = [sp.symbols(f"a{i}_0:{COLUMNS}", real=True) for i in range(ROWS)]
+ALL = [(i, j) for i in range(ROWS) for j in range(COLUMNS)]
+OPERAND = [sp.symbols(f"g{i}_0:{COLUMNS}", real=True) for i in range(ROWS)]
+COLUMN = sp.symbols(f"c0:{ROWS}", real=True)
+
+
+def test_a_mean_of_means_is_the_mean_over_both():
+    whole = mean([GRID[i][j] for i, j in ALL])
+    of_rows = mean([mean(row) for row in GRID])
+    of_columns = mean([mean([row[j] for row in GRID]) for j in range(COLUMNS)])
+    assert_zero(of_rows - whole)
+    assert_zero(of_columns - whole)
+
+
+def test_a_mean_of_a_mean_times_what_is_constant_along_it_is_the_mean_of_the_product():
+    two_steps = mean([COLUMN[i] * mean(GRID[i]) for i in range(ROWS)])
+    assert_zero(two_steps - mean([COLUMN[i] * GRID[i][j] for i, j in ALL]))
+    # What varies along the inner mean too cannot go in: the difference is a covariance.
+    inner = mean([OPERAND[i][0] * mean(GRID[i]) for i in range(ROWS)])
+    assert sp.expand(inner - mean([OPERAND[i][j] * GRID[i][j] for i, j in ALL])) != 0
+
+
+def test_what_is_constant_along_the_axes_stands_in_front_of_a_mean():
+    for i in range(ROWS):
+        assert_zero(
+            mean([COLUMN[i] * a**2 for a in GRID[i]]) - COLUMN[i] * mean([a**2 for a in GRID[i]])
+        )
+
+
+@pytest.mark.parametrize(
+    "quantity",
+    [
+        [a for row in GRID for a in row],
+        [
+            a * g
+            for row, gs in zip(GRID, OPERAND, strict=True)
+            for a, g in zip(row, gs, strict=True)
+        ],
+        [a**2 for row in GRID for a in row],
+    ],
+    ids=["x", "x*g", "x^2"],
+)
+def test_a_mean_of_squares_less_the_square_of_the_mean_is_a_sum_of_squares(quantity):
+    n = sp.Integer(len(quantity))
+    pairs = [(q - p) ** 2 for k, p in enumerate(quantity) for q in quantity[:k]]
+    assert_zero(mean([q**2 for q in quantity]) - mean(quantity) ** 2 - sum(pairs) / n**2)
+    assert all(pair.is_nonnegative for pair in pairs)
+
+
+def test_a_mean_of_squares_pays_for_no_larger_share_of_the_square_of_the_mean():
+    """With all of the quantity alike the two are equal: a factor above one makes it negative."""
+    alike = dict.fromkeys(X, sp.Integer(1))
+    difference = mean([x**2 for x in X]) - sp.Rational(3, 2) * mean(X) ** 2
+    assert difference.subs(alike) < 0
+
+
+def test_the_variance_of_a_masked_vector_is_made_of_masked_moments():
+    """sum m (x - mu)^2 / sum m = E[m x^2] / E[m] - mu^2, with mu = sum m x / sum m."""
+    mask = sp.symbols(f"k0:{N}", positive=True)
+    mu = sum(k * x for k, x in zip(mask, X, strict=True)) / sum(mask)
+    spelled = sum(k * (x - mu) ** 2 for k, x in zip(mask, X, strict=True)) / sum(mask)
+    moments = mean([k * x**2 for k, x in zip(mask, X, strict=True)]) / mean(mask) - mu**2
+    assert sp.cancel(spelled - moments) == 0
+    assert sp.cancel(mu - mean([k * x for k, x in zip(mask, X, strict=True)]) / mean(mask)) == 0
+    # And with all of the mask alike it is the variance.
+    assert_zero(sp.cancel(spelled).subs(dict.fromkeys(mask, sp.Integer(1))) - variance(X))
+
+
+def test_a_sum_of_products_is_a_number_of_elements_times_a_mean():
+    dot = sum(x * y for x, y in zip(X, Y, strict=True))
+    assert_zero(dot - N * mean([x * y for x, y in zip(X, Y, strict=True)]))
+    matrix, right = sp.Matrix(GRID), sp.Matrix(sp.symbols(f"v0:{COLUMNS}"))
+    left = sp.Matrix(COLUMN)
+    row_by_row = matrix * right
+    for i in range(ROWS):
+        products = [GRID[i][j] * right[j] for j in range(COLUMNS)]
+        assert_zero(row_by_row[i] - COLUMNS * mean(products))
+    bilinear = (left.T * matrix * right)[0]
+    everything = [GRID[i][j] * left[i] * right[j] for i, j in ALL]
+    assert_zero(bilinear - ROWS * COLUMNS * mean(everything))
+
+
+def test_a_gram_matrix_is_no_mean_over_one_axis():
+    """Its elements are products of two rows: along one axis of x alone there is no such value."""
+    gram = sp.Matrix(GRID) * sp.Matrix(GRID).T
+    assert sp.expand(gram[0, 1] - COLUMNS * mean([a * a for a in GRID[0]])) != 0
+
+
+def test_a_norm_of_groups_through_a_view_is_a_norm_over_two_axes():
+    """C channels of S elements, viewed as (G, C/G * S): statistics over the second dim are over (C/G, S)."""
+    groups, inner, size = 2, 2, 2
+    flat = sp.symbols(f"t0:{groups * inner * size}", real=True)
+    tensor = sp.Array(flat).reshape(groups * inner, size)
+    viewed = sp.Array(flat).reshape(groups, inner * size)
+    cut = sp.Array(flat).reshape(groups, inner, size)
+    back = []
+    for k in range(groups):
+        row = [viewed[k, i] for i in range(inner * size)]
+        apart = [cut[k, c, s] for c in range(inner) for s in range(size)]
+        channels = [tensor[k * inner + c, s] for c in range(inner) for s in range(size)]
+        assert row == apart == channels
+        assert_zero(
+            mean(row) - mean([mean([cut[k, c, s] for s in range(size)]) for c in range(inner)])
+        )
+        back += layer_norm(row)
+    normed = sp.Array(back).reshape(groups * inner, size)
+    for c in range(groups * inner):
+        group = [tensor[c // inner * inner + d, s] for d in range(inner) for s in range(size)]
+        for s in range(size):
+            assert normed[c, s] == (tensor[c, s] - mean(group)) / sp.sqrt(
+                sp.expand(variance(group)) + EPS
+            )
+
+
+# -- families ------------------------------------------------------------------------------------
+
+
+def test_the_compressed_statistic_in_moments():
+    """(sum u^2 + (sum u)^2) / (n + 1) = n / (n + 1) * (m2 + n m1^2), the form that is looked for."""
+    n = sp.Integer(N)
+    stated = (sum(x**2 for x in X) + sum(X) ** 2) / (n + 1)
+    assert_zero(stated - n / (n + 1) * (mean([x**2 for x in X]) + n * mean(X) ** 2))
+    # With eps under the root: the number in front and eps as they are rewritten.
+    share, square = n / (n + 1), mean([x**2 for x in X]) + n * mean(X) ** 2
+    assert_zero(
+        1 / sp.sqrt(sp.expand(stated) + EPS)
+        - 1 / sp.sqrt(share) / sp.sqrt(sp.expand(square) + EPS / share)
+    )
+
+
+def test_a_compressed_norm_is_the_first_elements_of_the_norm_of_the_whole_vector():
+    whole = [*X, -sum(X)]
+    assert_zero(sum(whole))
+    root = sp.sqrt(sp.expand((sum(x**2 for x in X) + sum(X) ** 2) / sp.Integer(N + 1)) + EPS)
+    for x, normed in zip(X, rms_norm(whole), strict=False):
+        assert_zero(x / root - normed)
+    for a, b in zip(rms_norm(whole), layer_norm(whole), strict=True):
+        assert_zero(a - b)
+
+
+def test_a_global_response_in_means_has_its_eps_divided_by_the_root_of_the_number():
+    """x G / (mean G + eps) with G = sqrt(n m2) is x R / (mean R + eps / sqrt(n)) with R = sqrt(m2)."""
+    squares = sp.symbols("s0:3", positive=True)  # the m2 of three channels
+    n, x = sp.Symbol("n", positive=True), X[0]
+    norms, roots = [sp.sqrt(n * s) for s in squares], [sp.sqrt(s) for s in squares]
+    for norm, root in zip(norms, roots, strict=True):
+        ours = x * root / (mean(roots) + EPS / sp.sqrt(n))
+        assert sp.simplify(x * norm / (mean(norms) + EPS) - ours) == 0
+
+
+def test_a_global_response_without_eps_does_not_see_the_scale_of_its_input():
+    k = sp.Symbol("k", positive=True)
+    squares = sp.symbols("s0:3", positive=True)
+    roots = [sp.sqrt(s) for s in squares]
+    scaled = [sp.sqrt(k**2 * s) for s in squares]
+    for a, b in zip(roots, scaled, strict=True):
+        assert sp.simplify(b / mean(scaled) - a / mean(roots)) == 0
+
+
+def test_a_local_response_in_units_of_its_statistic():
+    """x (k + alpha s)^-beta = alpha^-beta x (s + k / alpha)^-beta, and back with alpha from the factor."""
+    alpha, beta, k = sp.symbols("alpha beta k", positive=True)
+    s, x = sp.Symbol("s", nonnegative=True), X[0]
+    stated = x * (k + alpha * s) ** -beta
+    ours = alpha**-beta * x * (s + k / alpha) ** -beta
+    assert sp.simplify(sp.powsimp(sp.expand_power_base(stated / ours, force=True))) == 1
+    front = alpha**-beta
+    assert sp.simplify(front ** (-1 / beta)) == alpha
+    # A further factor c > 0 goes into alpha and k.
+    c = sp.Symbol("c", positive=True)
+    grown = alpha * c ** (-1 / beta)
+    both = c * (k + alpha * s) ** -beta / (k * c ** (-1 / beta) + grown * s) ** -beta
+    at = {alpha: sp.Rational(1, 2), beta: sp.Rational(3, 4), k: 2, s: sp.Rational(7, 3), c: 5}
+    assert abs(sp.N(both.subs(at), 30) - 1) < sp.Rational(1, 10**25)
+
+
+def test_a_window_of_zeros_around_divides_by_its_size():
+    """The mean over a window that reaches over the end: the squares within, over the size."""
+    size = 3
+    padded = [0, *X, 0]
+    for i in range(N):
+        window = [X[j] for j in range(i - 1, i + 2) if 0 <= j < N]
+        assert_zero(mean(padded[i : i + size]) - sum(window) / sp.Integer(size))
+
+
+def test_a_factor_goes_out_of_a_maximum():
+    k = sp.Symbol("k", positive=True)
+    a, b = sp.symbols("a b", real=True)
+    # Both maxima take the same branch, and on each branch they are the same number.
+    assert_zero((k * a - b) - k * (a - b / k))
+    assert_zero(k * (b / k) - b)
+
+
+def test_a_maximum_with_what_is_negative_is_what_is_not():
+    real, low = sp.Symbol("r", real=True), sp.Symbol("l", nonpositive=True)
+    assert sp.Max(real**2, low) == real**2
+
+
+def test_a_mean_over_the_batch_and_over_one_element_differ():
+    """The two roots of an EvoNorm are of variances over other axes: no identity joins them."""
+    over_all = variance([GRID[i][j] for i, j in ALL])
+    within = mean([variance(row) for row in GRID])
+    assert_zero(over_all - within - variance([mean(row) for row in GRID]))
+
+
+# -- given statistics ----------------------------------------------------------------------------
+
+GROUPS, TAPS = 2, 2
+
+
+def given_statistics(channels):
+    """A norm with given statistics, and the (s, t) of s * y + t that it is, for each channel."""
+    w, b, m = (sp.symbols(f"{name}0:{channels}", real=True) for name in "wbm")
+    v = sp.symbols(f"v0:{channels}", nonnegative=True)
+    s = [w[o] / sp.sqrt(v[o] + EPS) for o in range(channels)]
+    t = [b[o] - m[o] * s[o] for o in range(channels)]
+    return lambda y, o: w[o] * (y - m[o]) / sp.sqrt(v[o] + EPS) + b[o], s, t
+
+
+def test_given_statistics_go_into_the_operator_before_them():
+    """s (V x + c) + t = (s V) x + (s c + t): a convolution is such a V x at each place, borders too."""
+    norm, s, t = given_statistics(3)
+    weight, c = sp.Matrix(3, N, sp.symbols(f"k0:{3 * N}")), sp.symbols("c0:3")
+    for at_a_border in (False, True):  # where it reads zeros in place of some x
+        x = sp.Matrix([0, *X[1:]] if at_a_border else X)
+        folded = (sp.diag(*s) * weight) * x + sp.diag(*s) * sp.Matrix(c) + sp.Matrix(t)
+        for o in range(3):
+            assert_zero(norm((weight * x)[o] + c[o], o) - folded[o])
+
+
+def test_given_statistics_go_into_a_transposed_convolution_before_them():
+    """Its weight is (groups * in, out of a group, taps); its channels are numbered by (group, out)."""
+    inner, outer = 2, 3
+    norm, s, t = given_statistics(GROUPS * outer)
+    shape = GROUPS * inner, outer, TAPS
+    weight = sp.Array(sp.symbols(f"k0:{GROUPS * inner * outer * TAPS}"), shape)
+    c = sp.symbols(f"c0:{GROUPS * outer}")
+    x = sp.Array(sp.symbols(f"x0:{GROUPS * inner * TAPS}"), (GROUPS * inner, TAPS))
+
+    def made(weight, group, out):
+        """What the taps that meet at one place add up to."""
+        rows = range(group * inner, (group + 1) * inner)
+        return sum(weight[i, out, tap] * x[i, tap] for i in rows for tap in range(TAPS))
+
+    # as the rule scales it: unflattened to (groups, in, out, taps), times s as (groups, 1, out, 1)
+    unflattened = weight.reshape(GROUPS, inner, outer, TAPS)
+    by_group = sp.Array(s).reshape(GROUPS, outer)
+    scaled = sp.Array(
+        [
+            unflattened[g, i, o, tap] * by_group[g, o]
+            for g in range(GROUPS)
+            for i in range(inner)
+            for o in range(outer)
+            for tap in range(TAPS)
+        ],
+        shape,
+    )
+    for group in range(GROUPS):
+        for out in range(outer):
+            channel = group * outer + out
+            folded = made(scaled, group, out) + s[channel] * c[channel] + t[channel]
+            assert_zero(norm(made(weight, group, out) + c[channel], channel) - folded)

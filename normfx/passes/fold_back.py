@@ -29,7 +29,8 @@ aten = torch.ops.aten
 RULE = "fold-statistics-into-previous"
 
 # What may stand between the operator and the norm: copies, and what moves channels as a whole.
-_COPIES = frozenset({aten.clone, aten.contiguous, aten.alias, aten.detach, aten.dropout})
+_COPIES = frozenset({aten.clone, aten.contiguous, aten.alias, aten.detach})
+_DROPOUTS = frozenset({aten.dropout, aten.feature_dropout, aten.alpha_dropout})  # in eval mode
 _CONVOLUTIONS = frozenset({aten.conv1d, aten.conv2d, aten.conv3d})
 _TRANSPOSED = frozenset({aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d})
 
@@ -72,7 +73,8 @@ def fold_back(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) 
     Every norm with given statistics gets one record.
 
     Refuses:
-        rule-off, needs-grad, inside-a-body, weight-not-tracked, mutation-between,
+        rule-off, needs-grad, inside-a-body, weight-not-tracked, statistics-not-tracked,
+        mutation-between,
         affine-not-constant, writer-not-linear, extra-user, weight-not-constant, range-too-small,
         channels-mixed.
     """
@@ -108,6 +110,11 @@ def _check(
     if blocked is not None:
         return Refused(blocked, node)
     spec: Any = node.kwargs["spec"]
+    held = g.tensor(node)
+    on_cpu = held is not None and held.device.type == "cpu"  # where they are compared by value
+    if spec.statistic == "running" and options.weights != "frozen" and not on_cpu:
+        # torch raises no version when its operator updates them, so a fold would not follow
+        return Refused(Refusal.STATISTICS, node)
     operands: Any = node.args[1:]
     for operand in operands:
         if operand is not None and operand not in constant:
@@ -170,8 +177,9 @@ def _moved(node: fx.Node, dim: int) -> int | None:
     """Where a dim was before a view or a copy: -1 if it was none; None for another operator."""
     packet, shape = g.packet(node), g.shape(node)
     if packet in _COPIES:
-        inactive = packet is not aten.dropout or not node.args[2]
-        return dim if inactive else None
+        return dim
+    if packet in _DROPOUTS:
+        return None if node.args[2] else dim
     before = g.shape(node.args[0]) if node.args else None
     if shape is None or before is None:
         return None
@@ -179,7 +187,7 @@ def _moved(node: fx.Node, dim: int) -> int | None:
     if packet in ARRANGEMENTS:
         layout = arranged(g.permutation(node, len(shape)), axes.whole)
     elif packet in VIEWS:
-        layout = axes.view(axes.whole, shape)
+        layout = axes.view(axes.whole, shape, split=True)
     else:
         return None
     if layout is None or not layout[dim] or layout[dim] not in axes.whole:
@@ -263,8 +271,9 @@ def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.No
     shift: Any = bias
     if mean is not None:
         moved = emit(aten.mul.Tensor, mean, scale)
-        negative = emit(aten.neg.default, moved)
-        shift = negative if bias is None else emit(aten.sub.Tensor, bias, moved)
+        shift = (
+            emit(aten.neg.default, moved) if bias is None else emit(aten.sub.Tensor, bias, moved)
+        )
     return scale, shift
 
 
