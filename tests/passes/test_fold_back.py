@@ -23,7 +23,7 @@ from normfx.capture import capture
 from normfx.options import Options
 from normfx.passes.fold_back import fold_back
 from normfx.passes.recognise import recognise
-from normfx.pipeline import Rewritten
+from normfx.pipeline import Rewritten, rewrite
 from normfx.record import Journal
 
 RULE = "fold-statistics-into-previous"
@@ -90,10 +90,10 @@ def operators(text: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def rewritten(monkeypatch):
     """The graphs after their last stage, without what is hoisted."""
-    seen, rewrite = [], normfx.backend.rewrite
+    seen, unwatched = [], normfx.backend.rewrite
 
     def watched(*args, **kwargs):
-        seen.append(rewrite(*args, **kwargs))
+        seen.append(unwatched(*args, **kwargs))
         return seen[-1]
 
     monkeypatch.setattr(normfx.backend, "rewrite", watched)
@@ -440,7 +440,8 @@ LINEAR = {
 @pytest.mark.parametrize("case", LINEAR)
 def test_linear_operators_and_what_stands_between(case):
     make, shape = LINEAR[case]
-    assert_folds(made(make), torch.randn(shape))
+    # of one row, enough numbers that eager's largest error is no matter of luck
+    assert_folds(made(make, out=64 if len(shape) == 1 else 8), torch.randn(shape))
 
 
 NORMS_OF_IMAGES = {
@@ -1025,22 +1026,23 @@ def test_weights_that_are_not_tracked_fold_when_frozen():
 def test_refuses_statistics_not_tracked():
     """Where they cannot be compared without waiting for a device."""
     model, x = convolution()
-    model, x = model.to("meta"), x.to("meta")
     with torch.no_grad():
-        assert refused(model, x) == ("statistics-not-tracked", "norm")
-        torch._dynamo.reset()
-        compiled(model, weights="frozen")(x)
-    assert normfx.report().sites[0].actions == [RULE]
+        assert refused(model.to("meta"), x.to("meta")) == ("statistics-not-tracked", "norm")
 
 
-def test_statistics_that_are_no_running_ones_fold_on_any_device():
-    model, x = (
-        normed(nn.Conv2d(4, 6, 3), FrozenBatchNorm2d(6)).to("meta"),
-        torch.randn(4, 4, 12, 12),
-    )
+@pytest.mark.parametrize("weights", ["frozen", "live"])
+def test_what_folds_on_any_device(weights):
+    """Statistics that are to stay as they are, and those that no operator of torch updates."""
+    norm = FrozenBatchNorm2d(6) if weights == "live" else None
+    model, journal = normed(nn.Conv2d(4, 6, 3), norm), Journal()
+
+    def backend(gm, example_inputs):
+        rewrite(gm, Options.parse({"weights": weights}), journal)
+        return gm
+
     with torch.no_grad():
-        compiled(model)(x.to("meta"))
-    assert normfx.report().sites[0].actions == [RULE]
+        torch.compile(model.to("meta"), backend=backend)(torch.randn(4, 4, 12, 12, device="meta"))
+    assert journal.sites[0].actions == [RULE]
 
 
 def test_refuses_inside_a_body():
@@ -1468,6 +1470,7 @@ class Arranged(nn.Module):
         )
 
 
+@pytest.mark.slow
 def test_random_views_between():
     """Sizes are alike, so that only the axes tell channels from others. Some fold, and all are right."""
     folded = []
