@@ -113,7 +113,8 @@ def _seen_in(core: Core, layout: Layout) -> Core | None:
     lift = core.lift
     x = None if lift is None else lift.seen_as(layout)
     placed = None if lift is None else lift.axes.placed(layout, core.over)
-    operands = (core.eps, core.mean, core.square, core.gate)
+    # operands that were made for the view at hand stay with it
+    operands = (core.weight, core.bias, core.eps, core.mean, core.square, core.gate)
     if x is None or placed is None or core.spec.beyond or any(o is not None for o in operands):
         return None
     if core.spec.affine_dim is not None:
