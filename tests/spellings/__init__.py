@@ -1,1 +1,0 @@
-"""How random spellings of a normalization are drawn and written: see `strategies.py`."""
