@@ -1,0 +1,28 @@
+"""Gaps: spellings that recognition does not know, which are therefore not drawn.
+
+Each has a function for the smallest case. A test asserts that these are still not recognised: one that is has to be
+taken out of here, and from then on it is drawn.
+"""
+
+from __future__ import annotations
+
+_HEAD = "def f(x):\n    "
+
+GAPS: dict[str, str] = {
+    # a part of x
+    "prefix-viewed": _HEAD
+    + "p = x[:, None, :3]\n    return x * torch.rsqrt((p * p).flatten(0, 1).mean(-1, True) + 1e-5)",
+    # x and one more number
+    "compressed-cat": _HEAD
+    + "h = torch.cat([x, -x.sum(-1, True)], -1)\n"
+    + "    return x * torch.rsqrt(h.square().mean(-1, True) + 1e-5)",
+    # statistics of groups brought back to the channels
+    "repeat-interleave-of-vectors": _HEAD
+    + "h = x.view(2, 4, 3)\n    s = h.reshape(2, 2, 6).square().mean(-1)\n"
+    + "    return h * torch.rsqrt(s.repeat_interleave(2, 1) + 1e-5)[..., None]",
+    # what is expanded before it meets x counts as laid out as x is, where sizes allow that
+    "equal-sizes": _HEAD
+    + "h = x[:, :4].reshape(2, 2, 2, 2).transpose(2, 3)\n"
+    + "    r = torch.rsqrt(h.square().mean((2, 3), True) + 1e-5)\n"
+    + "    return x[:, :4].reshape(2, 4, 2) * r.expand(2, 2, 2, 2).transpose(2, 3).reshape(2, 4, 2)",
+}
