@@ -42,6 +42,7 @@ def check_family(family: str) -> dict[str, Any]:
     """Each norm of a family against the region it replaced, in float64 on random inputs."""
     import torch
 
+    from normfx import graph as g
     from normfx.check import RegionCheck
     from normfx.options import Options
     from normfx.pipeline import rewrite
@@ -50,11 +51,24 @@ def check_family(family: str) -> dict[str, Any]:
     zoo = importlib.import_module("zoo")
     checks: list[RegionCheck] = []
     journals: list[Journal] = []
+    found: list[tuple[str, list[str]]] = []
+    refused: list[tuple[str, list[str]]] = []
 
     def backend(gm: torch.fx.GraphModule, _: list[Any]) -> Any:
-        checks.append(RegionCheck())
-        journals.append(Journal())
-        rewrite(gm, Options(), journals[-1], observe=checks[-1])
+        check, journal = RegionCheck(), Journal()
+        checks.append(check)
+        journals.append(journal)
+
+        made_in: dict[str, list[str]] = {}
+
+        def observe(stage: str, module: torch.fx.GraphModule) -> None:
+            check(stage, module)
+            if stage == "capture":
+                made_in.update((g.module_path(n) or n.name, classes(n)) for n in module.graph.nodes)
+
+        rewrite(gm, Options(), journal, observe=observe)
+        found.extend((site.kind, made_in.get(site.name, [])) for site in journal.sites)
+        refused.extend((m.code.value, made_in.get(m.name, [])) for m in journal.near_misses)
         return gm.forward
 
     model, inputs = zoo.build(family)
@@ -65,7 +79,8 @@ def check_family(family: str) -> dict[str, Any]:
         "status": "ok" if all(error <= EXACT for error in errors) else "wrong",
         "regions": len(results),
         "recognised": sum(len(journal.sites) for journal in journals),
-        "refused": sum(len(journal.near_misses) for journal in journals),
+        "found": found,
+        "refused": refused,
         "worst": max(errors, default=0.0),
         "not run": [f"{r.kind} {r.node}: {r.reason}" for r in results if r.error is None],
     }
@@ -142,15 +157,80 @@ def per_family(rows: dict[str, Any], truth: dict[str, Any]) -> list[str]:
     return lines
 
 
+def classes(node: Any) -> list[str]:
+    """The names of the classes of the modules that a node was made in, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [getattr(held, "__name__", str(held)).split(".")[-1] for _, held in stack.values()]
+
+
+def by_class(row: dict[str, Any], truth: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each class of norm modules: its calls, and the kinds and codes of what is in it."""
+    table: dict[str, dict[str, Any]] = {}
+    for norms in truth["norms"]:
+        entry = table.setdefault(
+            norms["class"], {"calls": 0, "found": Counter(), "refused": Counter()}
+        )
+        entry["calls"] += norms["calls"]
+    for what in ("found", "refused"):
+        for name, stack in row.get(what, ()):
+            held = next((c for c in reversed(stack) if c in table), None)
+            if held is not None:
+                table[held][what][name] += 1
+    return table
+
+
 def missed(rows: dict[str, Any], truth: dict[str, Any]) -> dict[str, int]:
-    """How many norm calls of a family were neither recognised nor refused, where there are any."""
-    left = {
-        family: truth[family].get("visible", truth[family]["calls"])
-        - row.get("recognised", 0)
-        - row.get("refused", 0)
-        for family, row in rows.items()
-    }
+    """How many calls of norm modules were neither recognised nor refused, where there are any.
+
+    Counted for each class of modules, so that a norm of another class cannot stand in for one. A
+    graph break can leave a call out of dynamo's graphs; those are not there to be found.
+    """
+    left = {}
+    for family, row in rows.items():
+        short = sum(
+            max(entry["calls"] - entry["found"].total() - entry["refused"].total(), 0)
+            for entry in by_class(row, truth[family]).values()
+        )
+        left[family] = short - truth[family]["calls"] + truth[family]["visible"]
     return {family: count for family, count in left.items() if count > 0}
+
+
+def recognition(rows: dict[str, Any], truth: dict[str, Any]) -> list[str]:
+    """The table by kind: calls of norm modules, recognised, refused by code; then all others."""
+    calls: Counter[str] = Counter()
+    recognised: Counter[str] = Counter()
+    refused: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for family, row in rows.items():
+        for name, entry in by_class(row, truth[family]).items():
+            # A module may hold more norms than one, so it counts once for each of its calls.
+            kind = entry["found"].most_common(1)[0][0] if entry["found"] else f"none: {name}"
+            calls[kind] += entry["calls"]
+            recognised[kind] += min(entry["found"].total(), entry["calls"])
+            short = max(entry["calls"] - entry["found"].total(), 0)
+            refused[kind] += Counter(dict(_first(entry["refused"], short)))
+    lines = ["| kind | calls | recognised | refused, by code |", "|---|--:|--:|---|"]
+    for kind, count in calls.most_common():
+        codes = ", ".join(f"{code} {n}" for code, n in refused[kind].most_common())
+        lines.append(f"| {kind} | {count} | {recognised[kind]} | {codes} |")
+    lines.append(f"| all | {calls.total()} | {recognised.total()} | |")
+    sites = Counter(kind for row in rows.values() for kind, _ in row.get("found", ()))
+    near = Counter(code for row in rows.values() for code, _ in row.get("refused", ()))
+    return [
+        *lines,
+        "",
+        "Every norm found, in modules or not: " + _listed(sites) + ".",
+        "",
+        "Near misses, norms or not: " + (_listed(near) or "none") + ".",
+    ]
+
+
+def _first(codes: Counter[str], count: int) -> list[tuple[str, int]]:
+    """So many of the codes, the usual ones first."""
+    return list(Counter(list(codes.elements())[:count]).items())
+
+
+def _listed(counted: Counter[str]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counted.most_common())
 
 
 def print_checks(rows: dict[str, Any], truth: dict[str, Any]) -> None:
@@ -161,6 +241,7 @@ def print_checks(rows: dict[str, Any], truth: dict[str, Any]) -> None:
     regions = sum(row.get("regions", 0) for row in rows.values())
     missing = sum(len(row.get("not run", ())) for row in rows.values())
     worst = max(row.get("worst", 0.0) for row in rows.values())
+    print("\n".join(recognition(rows, truth)))
     print(f"{regions} norms, {missing} not run, largest relative difference {worst:.1e}")
     print(f"norm calls neither recognised nor refused: {missed(rows, truth) or 'none'}")
 

@@ -231,11 +231,19 @@ def clean_path(source: str) -> str:
     return ".".join(steps[1:])
 
 
+# Where a node comes from: the user's line, the modules around it, and their calls.
+PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+def inherit_provenance(new: fx.Node, old: fx.Node) -> None:
+    """Gives a node the user's line and module of another."""
+    new.meta.update((key, old.meta[key]) for key in PROVENANCE if key in old.meta)
+
+
 def inherit_meta(new: fx.Node, old: fx.Node) -> None:
     """Gives a node the value and provenance of the node it stands for."""
-    for key in ("val", "stack_trace", "nn_module_stack", "source_fn_stack", "tensor_meta"):
-        if key in old.meta:
-            new.meta[key] = old.meta[key]
+    new.meta.update((key, old.meta[key]) for key in ("val", "tensor_meta") if key in old.meta)
+    inherit_provenance(new, old)
 
 
 def erase_dead(nodes: Iterable[fx.Node], order: dict[fx.Node, int]) -> None:

@@ -466,12 +466,10 @@ def _repeat_interleave(lift: Lift, node: fx.Node) -> Any:
         return None
     dim %= len(shape)
     outer = value.layout[dim]
-    for layout in lift.layouts:
-        if len(layout) != len(shape):
+    for axes in dict.fromkeys(axes for layout in lift.layouts for axes in layout):
+        if axes[: len(outer)] != outer or lift.axes.size(axes) != plain(shape[dim]):
             continue
-        if layout[dim][: len(outer)] != outer or lift.axes.size(layout[dim]) != plain(shape[dim]):
-            continue
-        result = tuple(layout[dim] if i == dim else own for i, own in enumerate(value.layout))
+        result = tuple(axes if i == dim else own for i, own in enumerate(value.layout))
         named_axes = [axis for own in result for axis in own]
         if len(set(named_axes)) == len(named_axes):
             return Lifted(value.poly, result)

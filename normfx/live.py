@@ -14,6 +14,7 @@ of its own, for as long as its parameters live.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -187,13 +188,19 @@ class LiveWeights:
         return entry
 
     def _run(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        device = tensors[0].device.type
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), _without_autocast(tensors[0].device):
             made = self._compute(*tensors)
             return tuple(
                 tensor if tensor.stride() == stride else _restrided(tensor, stride)
                 for tensor, stride in zip(made, self._strides, strict=True)
             )
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """No autocast on a device; nothing where there is none in any case, as on `meta`."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _restrided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:

@@ -97,7 +97,7 @@ REFUSALS: dict[Refusal, Explanation] = {
         "Compute all of it in the same grad mode.",
     ),
     Refusal.EXTRA_USER: Explanation(
-        "The norm's result is also read as it is: by the output, a residual or another operator.",
+        "What would change is read elsewhere too: by the output, a residual or another operator.",
         "The affine part must stay for that reader.",
     ),
     Refusal.NOT_LINEAR: Explanation(
@@ -122,11 +122,11 @@ REFUSALS: dict[Refusal, Explanation] = {
         "Run inference under torch.no_grad() or torch.inference_mode().",
     ),
     Refusal.NOT_CONSTANT: Explanation(
-        "The weight or bias of the norm is computed from activations.",
+        "The weight, bias or a statistic of the norm is computed from activations.",
         "Only parameters and buffers fold.",
     ),
     Refusal.WEIGHT_NOT_CONSTANT: Explanation(
-        "A reader multiplies with an activation, not with a parameter.",
+        "The operator beside the norm multiplies with an activation, not with a parameter.",
         "Only parameters and buffers can take the scale over.",
     ),
     Refusal.DIM_NOT_LAST: Explanation(

@@ -22,8 +22,6 @@ from torch.fx.node import map_aggregate
 from normfx import graph as g
 from normfx.torch_internals import bind, is_fake, is_symbolic, is_traced, node_of, tracer
 
-_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
-
 
 @dataclass(frozen=True, slots=True)
 class _Template:
@@ -65,10 +63,9 @@ class Replays:
         made: dict[fx.Node, fx.Node] = dict(zip(template.inputs, _inputs(node, env), strict=True))
         for inner in template.nodes:
             copied = graph.node_copy(inner, lambda n: made[n])
-            for name in _PROVENANCE:
+            for name in g.PROVENANCE:
                 copied.meta.pop(name, None)
-                if name in node.meta:
-                    copied.meta[name] = node.meta[name]
+            g.inherit_provenance(copied, node)
             made[inner] = copied
         held = g.value(node)
         bind(held, made[template.result])

@@ -537,3 +537,11 @@ def test_a_repeated_block_compiled_by_itself(compile_block, runs):
             assert_within_contract(model(x), plain(x), exact(x.double()))
         assert len(runs) == len(plain.blocks) + 1
     assert all(site.actions for site in normfx.report().sites)
+
+
+def test_on_the_meta_device():
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)).to("meta")
+    with torch.no_grad():
+        got = compiled(model)(torch.empty(2, 4, device="meta"))
+    assert got.shape == (2, 3)
+    assert normfx.report().sites[0].actions

@@ -86,7 +86,7 @@ final  RMSNorm    -1    1e-06  float32  -                        extra-user  tes
 near miss  broadcast-axis-differs  rsqrt_1  tests/test_report.py
            A statistic is broadcast along another axis than the one it belongs to.
 
-extra-user: The norm's result is also read as it is: by the output, a residual or another operator. The affine part must stay for that reader.
+extra-user: What would change is read elsewhere too: by the output, a residual or another operator. The affine part must stay for that reader.
 no-affine: The norm has no weight and no bias. Nothing to do.
 """,
     )

@@ -163,7 +163,5 @@ def _as_body(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) 
             result = copies[inner.args[0]]
         else:
             copies[inner] = graph.node_copy(inner, lambda n: copies[n])
-            for name in ("stack_trace", "nn_module_stack"):
-                if name in node.meta:
-                    copies[inner].meta[name] = node.meta[name]
+            g.inherit_provenance(copies[inner], node)
     return result

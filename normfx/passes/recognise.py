@@ -154,6 +154,7 @@ def _place(
         operands = (x, *extended.operands)
         made = facts.graph.call_function(norm, operands, {"spec": spec, "rank": rank})
     g.inherit_meta(made, last)
+    g.inherit_provenance(made, node)
     facts.order[made] = facts.order[last]
     site = _site(node, made, spec, rank)
     site.on_weight = x in facts.constant

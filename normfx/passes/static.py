@@ -67,7 +67,7 @@ def _static(
     facts: Facts, node: fx.Node, root: fx.Node
 ) -> tuple[fx.Node, Core, list[fx.Node]] | None:
     dynamic = [i for i in node.all_input_nodes if i not in facts.constant]
-    if len(dynamic) != 1 or g.shape(dynamic[0]) is None:
+    if len(dynamic) != 1 or not _is_real(dynamic[0]):
         return None
     x, mean = dynamic[0], None
     lift = Lift(x, facts.order, grad=facts.grad)
@@ -91,7 +91,7 @@ def _static(
         (current,) = current.users if len(current.users) == 1 else (None,)
         if current is not None and (current.op != "call_function" or current not in facts.order):
             break
-    if last is None or form is None:
+    if last is None or form is None or not _is_real(last):
         return None
     subtracted = []
     read: Any = x.args
@@ -101,7 +101,7 @@ def _static(
         and x.args[1] in facts.constant
         and not x.kwargs
     ):
-        if str(g.shape(read[0])) == str(g.shape(x)):
+        if _is_real(read[0]) and str(g.shape(read[0])) == str(g.shape(x)):
             subtracted = [x]
             x, mean = read[0], read[1]
     out = g.dtype(last)
@@ -127,6 +127,12 @@ def _static(
         n for n, v in lift.values.items() if v is not None and facts.order[n] <= facts.order[last]
     ]
     return last, Core(spec, x, weight, bias, None, mean), [*region, *subtracted]
+
+
+def _is_real(node: Any) -> bool:
+    """Whether a value is a tensor of real numbers: a complex one would lose its imaginary part."""
+    held = g.tensor(node)
+    return held is not None and held.is_floating_point()
 
 
 def _is_root_of_given_variance(node: fx.Node) -> bool:

@@ -413,3 +413,28 @@ def test_an_eps_buffer_in_a_narrower_dtype(narrow, wide):
     got, eager = compiled(unbiased)(x, eps), unbiased(x, eps)
     assert len(normfx.report().sites) == 1
     assert_within_contract(got, eager, unbiased(x.double(), eps.double()))
+
+
+class Frozen(nn.Module):
+    """A BatchNorm in eval mode, multiplied out."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "mean", "variance"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        scale = self.weight * (self.variance + 1e-5).rsqrt()
+        return x * scale + (self.bias - self.mean * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_given_statistics_of_what_is_not_real(dtype):
+    """The canonical node computes in real numbers: an imaginary part would be lost."""
+    model = Frozen(6)
+    x = torch.arange(12).reshape(2, 6).to(dtype)
+    if dtype.is_complex:
+        x = x + 2j
+    with torch.no_grad():
+        assert torch.equal(compiled(model)(x), model(x))
+    assert not normfx.report().sites

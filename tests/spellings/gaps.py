@@ -16,10 +16,6 @@ GAPS: dict[str, str] = {
     "compressed-cat": _HEAD
     + "h = torch.cat([x, -x.sum(-1, True)], -1)\n"
     + "    return x * torch.rsqrt(h.square().mean(-1, True) + 1e-5)",
-    # statistics of groups brought back to the channels
-    "repeat-interleave-of-vectors": _HEAD
-    + "h = x.view(2, 4, 3)\n    s = h.reshape(2, 2, 6).square().mean(-1)\n"
-    + "    return h * torch.rsqrt(s.repeat_interleave(2, 1) + 1e-5)[..., None]",
     # what is expanded before it meets x counts as laid out as x is, where sizes allow that
     "equal-sizes": _HEAD
     + "h = x[:, :4].reshape(2, 2, 2, 2).transpose(2, 3)\n"

@@ -228,8 +228,7 @@ class InFrames(Text):
         d, times = self.norm.group_dim, self.norm.sizes[self.norm.group_dim + 1]
         kept = self.frame.kept
         v = self.regroup(v, kept, kept._replace(dims=self.home.dims))
-        bare = self.unless_gap("repeat-interleave-of-vectors", True)
-        if all(size == 1 for size in kept.shape[d + 1 :]) and self.pick(False, *bare):
+        if all(size == 1 for size in kept.shape[d + 1 :]) and self.pick(True, False):
             rest = ", None" * (len(self.home.dims) - d - 1)
             v = self.let(f"{v}.flatten({d})" if rest else v)
             index = ", ".join(":" for _ in range(d + 1)) + rest

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from spellings.gaps import GAPS
-
 
 @dataclass(frozen=True)
 class Norm:
@@ -327,13 +325,10 @@ def _usual(draw: Any, family: str, where: dict[str, Any]) -> Norm:
     forms = ["float", "float", "float32", "tensor32", "tensor64", "full", "buffer", "buffer1"]
     if family in ("compressed", "response"):
         statistic = "compressed"
-        place = "inside" if "compressed-outside" in GAPS else place
         if family == "response":
             statistic, place = "global-response", "outside"
         forms = forms[:6]  # it is scaled, so it has to be a number
     none = 0.0 if place == "inside" else 1e-5
-    if family == "compressed" and "compressed-without-eps" in GAPS:
-        none = 1e-5
     eps = draw(st.sampled_from([1e-5, 1e-6, 1e-12, 1e-3, 0.1, none]))
     weight = draw(st.sampled_from(["none", "w", "w", "1+w", "scalar"]))
     bias = draw(st.booleans())

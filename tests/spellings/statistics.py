@@ -90,7 +90,9 @@ class Statistics(InFrames):
         rest = [s for d, s in enumerate(shape) if d not in reduced]
         options = [f"{v}.reshape({rest})"]
         if all(s != 1 for s in rest):
-            options += [f"{v}.squeeze()", f"{v}.squeeze({reduced})"]
+            options.append(f"{v}.squeeze()")
+            if reduced[0] != 0:  # one over the first dims may broadcast without them
+                options.append(f"{v}.squeeze({reduced})")
         if len(rest) == 1:
             options += [f"{v}.flatten()", f"{v}.view(-1)"]
         return self.let(self.pick(*options))
@@ -226,17 +228,14 @@ class Statistics(InFrames):
         forms = [f"torch.einsum('{letters},{letters}->{kept}', {a}, {a})"] * 2
         forms.append(f"torch.einsum('{letters}, {letters} -> {kept}', [{a}, {a}])")
         if rank == 1:
-            forms += [f"torch.dot({a}, {a})", f"{a}.dot({a})"]
-            more = [f"{a} @ {a}", f"torch.inner({a}, {a})", f"torch.vdot({a}, {a})"]
-            forms += self.unless_gap("inner", *more)
+            forms += [f"torch.dot({a}, {a})", f"{a}.dot({a})", f"{a} @ {a}"]
+            forms += [f"torch.inner({a}, {a})", f"torch.vdot({a}, {a})"]
         if len(reduced) == 1:
             d = self.pick(reduced[0], reduced[0] - rank)
-            forms += self.unless_gap("vecdot", f"torch.linalg.vecdot({a}, {a}, dim={d})")
+            forms.append(f"torch.linalg.vecdot({a}, {a}, dim={d})")
         if reduced == (rank - 1,):
-            text = f"torch.einsum('...n,...n->...', {a}, {a})"
-            forms += self.unless_gap("einsum-ellipsis", text)
-            text = f"({a}[..., None, :] @ {a}[..., None])[..., 0, 0]"
-            forms += self.unless_gap("matmul", text)
+            forms.append(f"torch.einsum('...n,...n->...', {a}, {a})")
+            forms.append(f"({a}[..., None, :] @ {a}[..., None])[..., 0, 0]")
         viewed = not self.norm.prefix or "prefix-viewed" not in GAPS
         if reduced != (rank - 1,) or rank not in (2, 3) or not viewed:
             return self.put_back(self.let(self.pick(*forms)))
@@ -422,8 +421,7 @@ class Statistics(InFrames):
         if not self.mutation and len(self.frame.reduced) == 1 and self.counted:
             d = self.frame.reduced[0]
             text = f"torch.cat([{h}, -{h}.sum({d}, keepdim=True)], {d})"
-            text = self.pick(*self.unless_gap("compressed-cat", text), "", "", "")
-            if text:
+            if "compressed-cat" not in GAPS and self.rarely():
                 return self.let(f"{self.square(self.let(text))}.mean({d}, keepdim=True)")
         if self.is_mutation("compressed-wrong-n"):
             s1 = self.keep(lambda k: f"{h}.sum({dims}, {k})")

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from spellings.gaps import GAPS
 from spellings.norms import Norm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -26,10 +25,6 @@ class Text:
 
     def pick(self, *options: Any) -> Any:
         return self.draw(st.sampled_from(options)) if len(options) > 1 else options[0]
-
-    def unless_gap(self, gap: str, *options: Any) -> list[Any]:
-        """Options that are drawn if recognition knows them."""
-        return [] if gap in GAPS else list(options)
 
     def rarely(self) -> bool:
         return self.draw(st.integers(0, 7)) == 7

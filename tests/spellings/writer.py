@@ -441,7 +441,7 @@ class Writer(Statistics):
         low = self.add_eps(mean)
         forms = ["x*(G/d)", "x*(G/d)", "x*(G*(1/d))", "(x*G)/d", "(x/d)*G", "(x*(1/d))*G"]
         if weight and norm.weight != "lerp" and self.affine_frame == self.where:
-            forms += self.unless_gap("response-weight-first", "(w*x)*n", "x*(n*w)", "x*(n*w)")
+            forms += ["(w*x)*n", "x*(n*w)", "x*(n*w)"]
         form = self.pick(*forms)
         if form in ("(w*x)*n", "x*(n*w)"):
             n = self.divide(length, low)
@@ -536,8 +536,8 @@ class Writer(Statistics):
             forms.append(f"{h}.split([{k}, {size - k}], {self.pick(d, d - rank)})[0]")
             forms.append(f"torch.split({h}, {k}, dim={d})[0]")
             if 2 * k in (size, size + 1):
-                forms += self.unless_gap("chunk", f"{h}.chunk(2, {d})[0]")
-                forms += self.unless_gap("tensor-split", f"{h}.tensor_split(2, dim={d})[0]")
+                forms.append(f"{h}.chunk(2, {d})[0]")
+                forms.append(f"{h}.tensor_split(2, dim={d})[0]")
         elif end == size:
             forms.append(f"{h}.split([{start}, {k}], {d})[1]")
         return self.let(self.pick(*forms))
