@@ -404,6 +404,8 @@ def _sliced(lift: Lift, source: Any, dim: int, start: int, shape: Any) -> Lifted
     if str(tuple(shape)) == str(g.shape(source)):
         return value
     dim %= len(shape)
+    if not value.layout[dim]:
+        return value
     if len(value.layout[dim]) != 1:
         return None
     if is_one(shape[dim]):
@@ -427,21 +429,22 @@ def _view(lift: Lift, node: fx.Node) -> Any:
     value = lift.value_of(source) if isinstance(source, fx.Node) else None
     if not isinstance(value, Lifted) or shape is None:
         return None
-    layout = lift.axes.view(value.layout, shape)
-    if layout is None:
+    placed = lift.placed(value.layout, g.shape(source) or ())
+    found = [layout for p in placed if (layout := lift.axes.view(p, shape)) is not None]
+    if not found:
         lift.stuck = Stuck("view-mixes-dims", node)
         return None
-    return Lifted(value.poly, layout)
+    # where sizes leave open what was expanded: what x may be met in
+    return Lifted(value.poly, next((p for p in found if p in lift.layouts), found[0]))
 
 
 def _expand(lift: Lift, node: fx.Node) -> Any:
-    """Constant along an expanded dim, which then stands for the axes of x there."""
+    """Constant along an expanded dim, which has no axes for that."""
     source, shape = node.args[0], g.shape(node)
     value = lift.value_of(source) if isinstance(source, fx.Node) else None
     if not isinstance(value, Lifted) or shape is None:
         return None
-    layout = lift.placed([()] * (len(shape) - len(value.layout)) + list(value.layout), shape)
-    return None if layout is None else Lifted(value.poly, layout)
+    return Lifted(value.poly, ((),) * (len(shape) - len(value.layout)) + value.layout)
 
 
 def _repeat(lift: Lift, node: fx.Node) -> Any:
@@ -516,6 +519,35 @@ ARRANGEMENTS = frozenset(
     }
 )
 
+# Sums of products, of two operands.
+PRODUCTS: dict[Any, Rule] = {
+    aten.dot: _contraction("i,i->"),
+    aten.vdot: _contraction("i,i->"),
+    aten.mv: _contraction("ij,j->i"),
+    aten.bmm: _contraction("bij,bjk->bik"),
+    aten.matmul: _contraction(_matmul),
+    aten.inner: _contraction("i,i->"),
+    aten.linalg_vecdot: _contraction(_vecdot),
+    aten.einsum: _contraction(_einsum),
+}
+# What a norm may begin with.
+STATISTICS: dict[Any, Rule] = {
+    aten.mean: _reduction(_mean),
+    aten.sum: _reduction(_sum),
+    aten.adaptive_avg_pool1d: _adaptive_mean,
+    aten.adaptive_avg_pool2d: _adaptive_mean,
+    aten.var: _variance(root=False, with_mean=False),
+    aten.std: _variance(root=True, with_mean=False),
+    aten.var_mean: _variance(root=False, with_mean=True),
+    aten.std_mean: _variance(root=True, with_mean=True),
+    aten.norm: _norm,
+    aten.linalg_vector_norm: _norm,
+    aten.frobenius_norm: _norm,
+    aten.avg_pool1d: _window_mean,
+    aten.avg_pool2d: _window_mean,
+    aten.avg_pool3d: _window_mean,
+    **PRODUCTS,
+}
 RULES: dict[Any, Rule] = {
     # law                           a, b -> result
     aten.add: _binary(lambda r, a, b: a + b),
@@ -556,30 +588,8 @@ RULES: dict[Any, Rule] = {
     aten.detach: _same,
     aten.copy: _copy,
     aten.dropout: _same,
-    # statistics
-    aten.mean: _reduction(_mean),
-    aten.sum: _reduction(_sum),
-    aten.adaptive_avg_pool1d: _adaptive_mean,
-    aten.adaptive_avg_pool2d: _adaptive_mean,
-    aten.var: _variance(root=False, with_mean=False),
-    aten.std: _variance(root=True, with_mean=False),
-    aten.var_mean: _variance(root=False, with_mean=True),
-    aten.std_mean: _variance(root=True, with_mean=True),
-    aten.norm: _norm,
-    aten.linalg_vector_norm: _norm,
-    aten.frobenius_norm: _norm,
+    **STATISTICS,
     operator.getitem: _getitem,
-    aten.avg_pool1d: _window_mean,
-    aten.avg_pool2d: _window_mean,
-    aten.avg_pool3d: _window_mean,
-    aten.dot: _contraction("i,i->"),
-    aten.vdot: _contraction("i,i->"),
-    aten.mv: _contraction("ij,j->i"),
-    aten.bmm: _contraction("bij,bjk->bik"),
-    aten.matmul: _contraction(_matmul),
-    aten.inner: _contraction("i,i->"),
-    aten.linalg_vecdot: _contraction(_vecdot),
-    aten.einsum: _contraction(_einsum),
     # functions of which only the name is known
     aten.sigmoid: _function("sigmoid", nonnegative=True),
     aten.silu: _function("sigmoid", nonnegative=True, times_argument=True),

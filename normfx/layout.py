@@ -2,7 +2,8 @@
 
 An axis is a factor of a dim of x: where x is viewed from (batch, channels) to (batch, groups,
 channels // groups), the dim of the channels has two axes. A layout is one tuple of axes for each
-dim, in the order in which they are nested. A dim of size one has none.
+dim, in the order in which they are nested. A dim that the value is constant along has none: one of
+size one, or one that was expanded.
 
 So a statistic that is broadcast along the wrong axis (a square matrix hides that from shapes) is
 not mistaken for one that is not, and a view is no more than another grouping of the same axes.

@@ -7,7 +7,7 @@ each of its dims stands for (`layout.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -168,14 +168,18 @@ class Lift:
         """How many elements there are along some axes of x."""
         return self.quantity(self.axes.size(axes))
 
-    def seen_as(self, layout: Layout) -> fx.Node | None:
-        """The first node that holds x itself in this layout: x, or a view of it, not rounded."""
+    def seen_as(self, layout: Layout, shape: Any) -> fx.Node | None:
+        """The first node that holds x itself, not rounded, with this layout and shape.
+
+        A layout alone does not say how often a value is repeated.
+        """
         found = [
             node
             for node, value in self.values.items()
             if isinstance(value, Lifted)
             and value.layout == layout
             and value.poly.terms == self.ring.x.terms
+            and str(g.shape(node)) == str(shape)
             and self._is_as_exact(node)
         ]
         return min(found, key=self.order.__getitem__, default=None)
@@ -210,7 +214,9 @@ class Lift:
                     self.stuck = Stuck("broadcast-axis-differs", node)
                     return None
                 dims[offset + i] = dim or dims[offset + i]
-        layout = self.placed(dims, sizes)
+        layout: Layout | None = tuple(dims)
+        if any(self._is_opaque_along(a, dims, sizes) for a in arguments):
+            layout = next(self.placed(dims, sizes), None)
         if layout is None:
             return None
         named = [axis for dim in layout for axis in dim]
@@ -221,19 +227,29 @@ class Lift:
         found = [p for p in operands if p is not None]
         return (found, layout) if len(found) == len(operands) else None
 
-    def placed(self, dims: Sequence[tuple[int, ...]], sizes: Sequence[Any]) -> Layout | None:
-        """The layout of a value of which some dims are known: as x is laid out, where that fits."""
+    def _is_opaque_along(
+        self, argument: Any, dims: Sequence[tuple[int, ...]], sizes: Sequence[Any]
+    ) -> bool:
+        """Whether an opaque operand varies along a dim of a result that has no axes there."""
+        if not isinstance(argument, fx.Node) or isinstance(self.value_of(argument), Lifted):
+            return False
+        own = g.shape(argument) or ()
+        offset = len(sizes) - len(own)
+        return any(not is_one(s) and not dims[offset + i] for i, s in enumerate(own))
+
+    def placed(self, dims: Sequence[tuple[int, ...]], sizes: Sequence[Any]) -> Iterator[Layout]:
+        """Layouts with axes for every dim of size above one: those of x there, where that fits."""
         if all(dim or is_one(size) for dim, size in zip(dims, sizes, strict=True)):
-            return tuple(dims)
+            yield tuple(dims)
+            return
         for layout in self.layouts:
             if len(layout) == len(dims) and all(
                 dim == axes if dim else is_one(size) or self.axes.size(axes) == plain(size)
                 for dim, axes, size in zip(dims, layout, sizes, strict=True)
             ):
-                return tuple(
+                yield tuple(
                     () if is_one(size) else axes for axes, size in zip(layout, sizes, strict=True)
                 )
-        return None
 
     def reduce(self, source: Any, dims: Any, keepdim: bool) -> Reduced | None:
         """A reduction of a lifted value over some of its dims, before what it does there."""
@@ -255,12 +271,20 @@ class Lift:
 
 
 def _cut(axes: Axes, path: Sequence[fx.Node]) -> list[Layout]:
-    """Cuts the axes of x where views between x and a statistic cut a dim; returns the layouts."""
+    """Cuts the axes of x where views between x and a statistic cut a dim; returns the layouts.
+
+    A view of a slice says nothing of x.
+    """
     steps: list[fx.Node] = []
+    shape = [axes.size(dim) for dim in axes.whole]
     for node in path:
         packet = g.packet(node)
+        after = [plain(size) for size in g.shape(node) or ()]
         if packet not in VIEWS and packet not in ARRANGEMENTS:
+            if after != shape:
+                break
             continue
+        shape = after
         steps.append(node)
         if not _walked(axes, steps, split=True):
             steps.pop()

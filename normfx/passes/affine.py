@@ -51,8 +51,8 @@ def extend(facts: Facts, node: fx.Node, core: Core) -> tuple[fx.Node, Core, list
         if not isinstance(value, Lifted):
             break
         base, committed = core, best[1]
-        if value.layout != layout:
-            seen = _seen_in(core, value.layout)
+        if value.layout != layout or str(g.shape(user)) != str(g.shape(core.x)):
+            seen = _seen_in(core, value.layout, g.shape(user))
             if seen is not None and not _is_laid_out_like(user, seen.x):
                 seen = None
             if seen is None:
@@ -108,10 +108,10 @@ def _is_home(core: Core, layout: Layout) -> bool:
     return core.lift is not None and core.lift.axes.whole == layout
 
 
-def _seen_in(core: Core, layout: Layout) -> Core | None:
+def _seen_in(core: Core, layout: Layout, shape: Any) -> Core | None:
     """The same norm of x in another view, if x is at hand in it."""
     lift = core.lift
-    x = None if lift is None else lift.seen_as(layout)
+    x = None if lift is None else lift.seen_as(layout, shape)
     placed = None if lift is None else lift.axes.placed(layout, core.over)
     # operands that were made for the view at hand stay with it
     operands = (core.weight, core.bias, core.eps, core.mean, core.square, core.gate)

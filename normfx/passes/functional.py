@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
 from normfx import graph as g
+from normfx.layout import is_one
 from normfx.torch_internals import symbolic_meta_functions
 
 aten = torch.ops.aten
@@ -294,11 +295,16 @@ def _storage(held: torch.Tensor) -> int:
 
 
 def _lie_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have equal strides in storages of one size, decided without a guard."""
-    first, second = (
-        (*t.shape, *t.stride(), t.storage_offset(), t.untyped_storage().nbytes()) for t in (a, b)
-    )
-    return a.device == b.device and statically_known_true(sym_eq(first, second))
+    """Whether two tensors have equal strides in storages of one size, decided without a guard.
+
+    The stride of a dim of size one is read by nobody.
+    """
+
+    def lies(t: torch.Tensor) -> tuple[Any, ...]:
+        strides = (0 if is_one(n) else s for n, s in zip(t.shape, t.stride(), strict=True))
+        return (*t.shape, *strides, t.storage_offset(), t.untyped_storage().nbytes())
+
+    return a.device == b.device and statically_known_true(sym_eq(lies(a), lies(b)))
 
 
 def _name(node: fx.Node) -> str:

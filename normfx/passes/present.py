@@ -39,7 +39,7 @@ def present(
     """
     value = lift.values[node]
     layout: Layout = value.layout
-    x, out = lift.seen_as(layout), g.dtype(node)
+    x, out = lift.seen_as(layout, g.shape(node)), g.dtype(node)
     placed, beyond = lift.axes.placed(layout, form.dims), lift.axes.placed(layout, form.beyond)
     if x is None or out is None or placed is None or beyond is None:
         return None

@@ -15,6 +15,7 @@ from torch import fx
 from normfx import graph as g
 from normfx.algebra import Monomial, Poly, Ring
 from normfx.classify import constants
+from normfx.layout import is_one
 from normfx.lifted import Lifted, Operand
 from normfx.ops import NormSpec
 from normfx.passes.composites import Core
@@ -46,7 +47,10 @@ def share(facts: Facts, made: fx.Node, core: Core) -> None:
         value = lift.values[node]
         if not isinstance(value, Lifted) or g.dtype(node) != spec.stats_dtype or not node.users:
             continue
-        if not fits(lift, Operand(node, value.layout), layout):
+        repeated = not all(
+            dim or is_one(size) for dim, size in zip(value.layout, g.shape(node) or (), strict=True)
+        )
+        if repeated or not fits(lift, Operand(node, value.layout), layout):
             continue
         if spec.centre and mean is None and _is_mean(lift.ring, value.poly, core.over):
             mean = aligned(facts, lift, Operand(node, value.layout), layout, made)

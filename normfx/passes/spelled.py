@@ -21,7 +21,7 @@ from normfx import graph as g
 from normfx.algebra import Atom, Poly
 from normfx.classify import Form, classify
 from normfx.families import match_family
-from normfx.laws import ARRANGEMENTS, RULES, VIEWS
+from normfx.laws import ARRANGEMENTS, PRODUCTS, RULES, STATISTICS, VIEWS
 from normfx.lift import Lift
 from normfx.lifted import Lifted, Operand
 from normfx.passes.composites import Core
@@ -32,35 +32,8 @@ from normfx.record import Refusal
 aten = torch.ops.aten
 
 
-REDUCTIONS = frozenset(
-    {
-        aten.mean,
-        aten.sum,
-        aten.var,
-        aten.std,
-        aten.var_mean,
-        aten.std_mean,
-        aten.norm,
-        aten.linalg_vector_norm,
-        aten.frobenius_norm,
-        aten.adaptive_avg_pool1d,
-        aten.adaptive_avg_pool2d,
-        aten.avg_pool1d,
-        aten.avg_pool2d,
-        aten.avg_pool3d,
-        aten.dot,
-        aten.mv,
-        aten.bmm,
-        aten.matmul,
-        aten.inner,
-        aten.linalg_vecdot,
-        aten.einsum,
-        aten.tanh,
-    }
-)
-_PRODUCTS = frozenset(
-    {aten.dot, aten.mv, aten.bmm, aten.matmul, aten.inner, aten.linalg_vecdot, aten.einsum}
-)
+# A statistic, or the function of a family that has none.
+REDUCTIONS = STATISTICS.keys() | {aten.tanh}
 # What a statistic may be taken of, other than x itself.
 _LOOK_THROUGH = frozenset(
     {
@@ -169,7 +142,7 @@ def _source(facts: Facts, reduction: fx.Node) -> fx.Node | None:
         inputs = source.all_input_nodes if g.packet(source) is aten.mul else []
         varying = [i for i in inputs if i not in facts.constant]
         return varying[0] if len(inputs) == 2 and len(varying) == 1 else None
-    if g.packet(reduction) in _PRODUCTS:  # of x with itself, or of parameters
+    if g.packet(reduction) in PRODUCTS:  # of x with itself, or of parameters
         source, *others = reduction.all_input_nodes
         if reduction not in facts.constant and any(
             _chain(o)[0] is not _chain(source)[0] for o in others
@@ -311,7 +284,7 @@ def _forward(
             if len(value.poly.terms) > MAX_TERMS or _too_wide(facts, lift, value.poly):
                 continue
             form = None
-            if lift.seen_as(value.layout) is not None:
+            if lift.seen_as(value.layout, g.shape(node)) is not None:
                 form = classify(lift.ring, value.poly) or match_family(lift.ring, value.poly)
             if form is not None and form.statistic == "variance" and not form.centre:
                 uncentred.append((node, form))  # perhaps a part of a norm multiplied out

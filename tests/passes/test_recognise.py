@@ -438,3 +438,24 @@ def test_given_statistics_of_what_is_not_real(dtype):
     with torch.no_grad():
         assert torch.equal(compiled(model)(x), model(x))
     assert not normfx.report().sites
+
+
+EXPANDED = {
+    "x": lambda x: x.expand(5, 8) * torch.rsqrt(x.square().mean(-1, True) + 1e-6),
+    "norm": lambda x: (x * torch.rsqrt(x.square().mean(-1, True) + 1e-6)).expand(5, 8),
+    "norm, then weight": lambda x: F.layer_norm(x, (8,)).expand(5, 8) * 2.0,
+    "root": lambda x: x * torch.rsqrt(x.square().mean(-1, True) + 1e-6).expand(5, 8),
+    "mean": lambda x: (x - x.mean(-1, True).expand(5, 8)) / x.std(-1, keepdim=True),
+    "statistic": lambda x: x * torch.rsqrt(x.expand(5, 8).square().mean((0, 1)) + 1e-6),
+    "sum": lambda x: x * torch.rsqrt(x.expand(5, 8).square().sum((0, 1)) / 40 + 1e-6),
+    "wrong sum": lambda x: x * torch.rsqrt(x.expand(5, 8).square().sum((0, 1)) / 8 + 1e-6),
+}
+
+
+@pytest.mark.parametrize("case", EXPANDED)
+def test_one_row_that_is_expanded(case):
+    """An expanded dim has no axes, just as one of size one; the result keeps its shape."""
+    function, x = EXPANDED[case], torch.randn(1, 8)
+    got = compiled(function)(x)
+    assert got.shape == function(x).shape
+    assert_within_contract(got, function(x), function(x.double()))

@@ -9,9 +9,6 @@ from __future__ import annotations
 _HEAD = "def f(x):\n    "
 
 GAPS: dict[str, str] = {
-    # a part of x
-    "prefix-viewed": _HEAD
-    + "p = x[:, None, :3]\n    return x * torch.rsqrt((p * p).flatten(0, 1).mean(-1, True) + 1e-5)",
     # x and one more number
     "compressed-cat": _HEAD
     + "h = torch.cat([x, -x.sum(-1, True)], -1)\n"

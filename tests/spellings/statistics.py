@@ -236,8 +236,7 @@ class Statistics(InFrames):
         if reduced == (rank - 1,):
             forms.append(f"torch.einsum('...n,...n->...', {a}, {a})")
             forms.append(f"({a}[..., None, :] @ {a}[..., None])[..., 0, 0]")
-        viewed = not self.norm.prefix or "prefix-viewed" not in GAPS
-        if reduced != (rank - 1,) or rank not in (2, 3) or not viewed:
+        if reduced != (rank - 1,) or rank not in (2, 3):
             return self.put_back(self.let(self.pick(*forms)))
         n = shape[-1] if not self.norm.prefix else self.norm.prefix
         rows, columns = f"{a}.reshape(-1, 1, {n})", f"{a}.reshape(-1, {n}, 1)"
