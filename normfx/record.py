@@ -36,6 +36,7 @@ class Refusal(enum.Enum):
     NOT_CONSTANT = "affine-not-constant"
     WEIGHT_NOT_CONSTANT = "weight-not-constant"
     DIM_NOT_LAST = "dim-not-last"
+    PADDING = "zero-padding"
     NOT_AFFINE = "no-affine"
     RULE_OFF = "rule-off"
     NOT_TRACKED = "weight-not-tracked"
@@ -132,6 +133,10 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.DIM_NOT_LAST: Explanation(
         "The norm's weight does not run along the dim that the reader contracts.",
         "Nothing to do; the affine part stays.",
+    ),
+    Refusal.PADDING: Explanation(
+        "A convolution pads the norm's result with zeros, where the bias would be missing.",
+        "Pad with a value instead, or use a norm without bias.",
     ),
     Refusal.NOT_AFFINE: Explanation("The norm has no weight and no bias.", "Nothing to do."),
     Refusal.RULE_OFF: Explanation("The rule is switched off.", "See the option `rules`."),

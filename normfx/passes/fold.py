@@ -1,4 +1,4 @@
-"""Fold: the weight and bias of a norm into the linear operators that read it.
+"""Fold: the weight and bias of a norm into the linear operators and convolutions that read it.
 
     norm(x; w, b) @ V^T + c  =  norm(x; 1, 0) @ (V diag(w))^T + (c + V b)        (FlashNorm,
     2407.09577, 1 and 3)
@@ -10,7 +10,6 @@ weight that has other readers stays whole, since a reader gets a weight of its o
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,10 @@ import torch
 from torch import fx
 
 from normfx import graph as g
+from normfx.layout import is_one, plain
 from normfx.ops import norm
 from normfx.options import Options
+from normfx.passes.channels import NONE, Channels, channel_dim
 from normfx.passes.emit import Emitter
 from normfx.record import Record, Refusal
 
@@ -27,52 +28,35 @@ aten = torch.ops.aten
 
 RULE = "fold-affine-into-linear"
 
-# Views and copies that keep every row of the last dim whole and in place.
-_KEEPS_LAST_DIM = frozenset(
-    {
-        aten.view,
-        aten.reshape,
-        aten._unsafe_view,
-        aten.unsqueeze,
-        aten.squeeze,
-        aten.flatten,
-        aten.unflatten,
-        aten.expand,
-        aten.transpose,
-        aten.permute,
-        aten.slice,
-        aten.select,
-        aten.index,
-        aten.clone,
-        aten.contiguous,
-        aten.alias,
-        aten.detach,
-        aten.to,
-        aten._to_copy,
-        aten.dropout,
-        aten.chunk,
-        aten.split,
-        aten.split_with_sizes,
-        aten.unbind,
-    }
-)
+_CONVOLUTIONS = frozenset({aten.conv1d, aten.conv2d, aten.conv3d})
+_TRANSPOSED = frozenset({aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d})
+# A weight that is put together of more pieces than this costs more than it saves.
+_MAX_PIECES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A linear operator that contracts the last dim of a norm's result with a parameter.
+    """A linear operator or convolution that contracts the channels with a parameter.
 
     Attributes:
         node: the operator.
+        source: what it reads, which has the channels.
         weight: the parameter.
-        out_first: whether the parameter is (out, in); else (in, out).
         bias: its bias, or None.
+        dim: the dim of the weight that the channels are contracted with.
+        out: its dim of outputs, or None if there are more than one.
+        groups: of a convolution: its channels are numbered by (group, dim).
+        channels: the channels along that dim.
     """
 
     node: fx.Node
+    source: fx.Node
     weight: fx.Node
-    out_first: bool
     bias: fx.Node | None
+    dim: int
+    out: int | None
+    groups: int
+    channels: Channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +79,7 @@ def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> No
 
     Refuses:
         no-affine, rule-off, needs-grad, inside-a-body, weight-not-tracked, mutation-between,
-        affine-not-constant, dim-not-last, no-reader, extra-user, reader-not-linear,
+        affine-not-constant, dim-not-last, no-reader, extra-user, reader-not-linear, zero-padding,
         weight-not-constant, range-too-small.
     """
     constant = g.parameter_only(gm.graph)
@@ -111,6 +95,9 @@ def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> No
             record = Record("fold", RULE, False, plan.code, plan.node.name, g.location(plan.node))
         else:
             _replace(gm.graph, node, plan)
+            # another norm may be read by the same operators, beside this one
+            made = [n for reader in plan for n in reader.node.all_input_nodes]
+            constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
             names = ", ".join(reader.node.name for reader in plan)
             record = Record("fold", RULE, True, None, node.name, site.location, f"into {names}")
         site.records.append(record)
@@ -130,134 +117,105 @@ def _check(
         return Refused(Refusal.RULE_OFF, node)
     if blocked is not None:
         return Refused(blocked, node)
-    spec: Any = node.kwargs["spec"]
-    rank: Any = node.kwargs["rank"]
     if g.storage(node) in written:
         return Refused(Refusal.MUTATED, node)
-    operands: Any = node.args[1:3]
+    operands: Any = [operand for operand in node.args[1:3] if operand is not None]
     for operand in operands:
-        if operand is None:
-            continue
         if operand not in constant:
             return Refused(Refusal.NOT_CONSTANT, operand)
-        shape = g.shape(operand)
-        along_last = shape is not None and all(str(s) == "1" for s in shape[:-1])
-        if not along_last or spec.affine_dim not in (None, rank - 1):
-            return Refused(Refusal.DIM_NOT_LAST, node)
-    readers: list[Reader] = []
-    pending = [(node, user) for user in node.users]
-    if not pending:
+    start = _start(node, operands)
+    if start is None:
+        return Refused(Refusal.DIM_NOT_LAST, node)
+    if not node.users:
         return Refused(Refusal.NO_READER, node)
+    shifted = node.args[2] is not None
+    readers: dict[fx.Node, Reader] = {}
+    pending = [(node, start, user) for user in node.users]
     while pending:
-        source, user = pending.pop()
+        source, channels, user = pending.pop()
         if user.op == "output":
             return Refused(Refusal.EXTRA_USER, user)
-        if _keeps_last_dim(source, user):
+        moved = channels.through(source, user, shifted=shifted)
+        if moved is not None:
             if g.storage(user) in written and g.storage(user) is not None:
                 return Refused(Refusal.MUTATED, user)
-            pending += [(user, next_user) for next_user in user.users]
+            pending += [(user, moved, next_user) for next_user in user.users]
             continue
-        reader = _reader(source, user, constant)
+        reader = _reader(source, user, channels, constant, shifted=shifted)
         if isinstance(reader, Refused):
             return reader
-        readers.append(reader)
-    return sorted(set(readers), key=lambda r: r.node.name)
+        if user in readers:  # of two parts of its input, or twice of one
+            return Refused(Refusal.NOT_LINEAR, user)
+        readers[user] = reader
+    return sorted(readers.values(), key=lambda r: r.node.name)
 
 
-def _keeps_last_dim(source: fx.Node, user: fx.Node) -> bool:
-    packet = g.packet(user)
-    if g.is_call(user, operator.getitem):
-        return isinstance(g.value(user), torch.Tensor)
-    if packet not in _KEEPS_LAST_DIM or user.args[0] is not source:
-        return False
-    old = g.value(source)
-    new = g.value(user)
-    if isinstance(old, (list, tuple)):
-        old = old[0]
-    parts = list(new) if isinstance(new, (list, tuple)) else [new]
-    if not all(isinstance(p, torch.Tensor) and p.dim() for p in parts) or not isinstance(
-        old, torch.Tensor
-    ):
-        return False
-    rank = old.dim()
-    if any(
-        str(p.shape[-1]) != str(old.shape[-1])
-        or p.dtype.is_floating_point != old.dtype.is_floating_point
-        for p in parts
-    ):
-        return False
-    if packet in (aten.transpose, aten.permute):
-        return g.permutation(user, rank)[-1] == rank - 1
-    if packet is aten.dropout:
-        return not user.args[2]
-    if packet in (
-        aten.slice,
-        aten.select,
-        aten.chunk,
-        aten.split,
-        aten.split_with_sizes,
-        aten.unbind,
-    ):
-        dim = g.arguments(user).get("dim", 0)
-        return isinstance(dim, int) and dim % rank != rank - 1
-    if packet is aten.index:
-        indices = user.args[1]
-        return (
-            isinstance(indices, (list, tuple))
-            and (len(indices) < rank)
-            and parts[0].dim() >= 1
-            and _rows_only(user, rank)
-        )
-    if packet in (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten):
-        return _rows_stay(old, parts[0])
-    if packet in (aten.unsqueeze, aten.squeeze):
-        return _rows_stay(old, parts[0])
-    if packet is aten.expand:
-        return str(parts[0].shape[-1]) == str(old.shape[-1])
-    return True
+def _start(node: fx.Node, operands: list[fx.Node]) -> Channels | None:
+    """The channels of a norm's result: its last dim, where the operands are single numbers."""
+    shape: Any = g.shape(node)
+    dim = channel_dim(node, operands)
+    if dim is None and all(_is_number(operand) for operand in operands):
+        dim = len(shape) - 1
+    size = None if dim is None else plain(shape[dim])
+    if dim is None or not isinstance(size, int):
+        return None
+    return Channels.along(len(shape), dim, size)
 
 
-def _rows_only(user: fx.Node, rank: int) -> bool:
-    """Whether an index selects along leading dims alone, and leaves the last dim last."""
-    indices = user.args[1]
-    assert isinstance(indices, (list, tuple))
-    first = [i for i in indices if isinstance(i, fx.Node)]
-    return len(indices) < rank and len(first) == len(indices)
+def _is_number(operand: fx.Node) -> bool:
+    return all(is_one(size) for size in g.shape(operand) or ())
 
 
-def _rows_stay(old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether a view keeps the last dim: rows of equal length stay rows, whatever comes before."""
-    return (
-        new.dim() > 0
-        and old.dim() > 0
-        and str(new.shape[-1]) == str(old.shape[-1])
-        and str(old.shape[-1]) != "1"
-    )
-
-
-def _reader(source: fx.Node, user: fx.Node, constant: set[fx.Node]) -> Reader | Refused:
+def _reader(
+    source: fx.Node, user: fx.Node, channels: Channels, constant: set[fx.Node], *, shifted: bool
+) -> Reader | Refused:
     packet = g.packet(user)
     args: Any = user.args
-    if packet is aten.linear and args[0] is source and source not in args[1:]:
-        reader = Reader(user, args[1], True, args[2] if len(args) > 2 else None)
-    elif packet is aten.addmm and args[1] is source and source not in (args[0], args[2]):
+    rank = channels.labels.dim()
+    bias: Any = None
+    groups, out, contracted = 1, None, rank - 1
+    if packet is aten.linear:
+        x, weight, dim, out = args[0], args[1], 1, 0
+        bias = args[2] if len(args) > 2 else None
+    elif packet is aten.addmm:
         scaled = g.arguments(user)
         if scaled["beta"] != 1 or scaled["alpha"] != 1:
             return Refused(Refusal.NOT_LINEAR, user)
-        reader = Reader(user, args[2], False, args[0])
-    elif packet in (aten.mm, aten.matmul) and args[0] is source and args[1] is not source:
-        reader = Reader(user, args[1], False, None)
+        bias, x, weight = args[:3]
+        dim, out = 0, 1
+    elif packet in (aten.mm, aten.matmul, aten.bmm, aten._grouped_mm):
+        x, weight = args[:2]
+        ranks = len(g.shape(weight) or ())
+        dim, out = ranks - 2, 1 if ranks == 2 else None
+        bias = g.arguments(user).get("bias")
+    elif packet in _CONVOLUTIONS | _TRANSPOSED:
+        x, weight = args[:2]
+        named = g.arguments(user)
+        bias = named["bias"]
+        contracted = rank + 1 - len(g.shape(weight) or ())
+        groups = 1 if packet in _TRANSPOSED else named["groups"]
+        dim, out = (0, None) if packet in _TRANSPOSED else (1, 0)
+        padded = isinstance(named["padding"], str) or any(named["padding"])
+        if shifted and (padded or packet in _TRANSPOSED):
+            return Refused(Refusal.PADDING, user)
     else:
         return Refused(Refusal.NOT_LINEAR, user)
-    if reader.weight not in constant or (reader.bias is not None and reader.bias not in constant):
+    if x is not source or sum(a is source for a in args) > 1 or dim < 0:
+        return Refused(Refusal.NOT_LINEAR, user)
+    if channels.dims() not in ([], [contracted]):
+        return Refused(Refusal.DIM_NOT_LAST, user)
+    if weight not in constant or (bias is not None and bias not in constant):
         return Refused(Refusal.WEIGHT_NOT_CONSTANT, user)
-    if g.dtype(reader.weight) is torch.float16:
+    if g.dtype(weight) is torch.float16:
         return Refused(Refusal.RANGE, user)
-    if len(g.shape(reader.weight) or ()) != 2:
+    # a bias of another shape is none: `addmm` and `linear` broadcast it
+    if bias is not None and len(g.shape(bias) or ()) != 1:
         return Refused(Refusal.NOT_LINEAR, user)
-    if reader.bias is not None and len(g.shape(reader.bias) or ()) != 1:
+    if (shifted and out is None) or (packet is aten.linear and len(g.shape(weight) or ()) != 2):
         return Refused(Refusal.NOT_LINEAR, user)
-    return reader
+    if len(channels.stretches()) > _MAX_PIECES or (groups > 1 and not channels.dims()):
+        return Refused(Refusal.NOT_LINEAR, user)
+    return Reader(user, source, weight, bias, dim, out, groups, channels)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
@@ -271,52 +229,85 @@ def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
 
 
 def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
+    """Gives a reader the weight and bias that it has with the norm's: W diag(s) and c + W t."""
     node = reader.node
-    dtype = g.dtype(reader.weight)
-    assert dtype is not None
+    held: Any = g.tensor(reader.weight)
+    shift: Any = None
     with graph.inserting_before(node):
         emit = Emitter(graph, node, RULE)
         exact = emit(aten.to.dtype, reader.weight, torch.float64)
-        folded, shift = reader.weight, None
+        shape = [1] * held.dim()
+        shape[reader.dim] = -1
+        if reader.groups > 1:  # (out, in of a group, ...): outputs by group
+            exact = emit(aten.unflatten.int, exact, 0, [reader.groups, -1])
+            shape = [reader.groups, 1, *shape[1:]]
+        folded: Any = reader.weight
         if weight is not None:
-            scale = emit(aten.reshape.default, emit(aten.to.dtype, weight, torch.float64), [-1])
-            if not reader.out_first:
-                scale = emit(aten.unsqueeze.default, scale, 1)
+            scale = emit(aten.reshape.default, _at(emit, weight, reader.channels, 1.0), shape)
             product = emit(aten.mul.Tensor, exact, scale)
-            folded = emit(aten.to.dtype, product, dtype, like=g.value(reader.weight))
+            if reader.groups > 1:
+                product = emit(aten.flatten.using_ints, product, 0, 1)
+            folded = emit(aten.to.dtype, product, held.dtype, like=held)
         if bias is not None:
-            row = emit(aten.reshape.default, emit(aten.to.dtype, bias, torch.float64), [-1])
-            width = (g.shape(reader.weight) or ())[1 if reader.out_first else 0]
-            row = emit(aten.expand.default, row, [width])
-            shift = emit(
-                aten.mv.default, exact if reader.out_first else emit(aten.t.default, exact), row
-            )
-            bias_dtype = dtype
+            row = emit(aten.reshape.default, _at(emit, bias, reader.channels, 0.0), shape)
+            product = emit(aten.mul.Tensor, exact, row)
+            if reader.groups > 1:
+                product = emit(aten.flatten.using_ints, product, 0, 1)
+            over = [d for d in range(held.dim()) if d != reader.out]
+            shift = emit(aten.sum.dim_IntList, product, over)
             if reader.bias is not None:
-                bias_dtype = g.dtype(reader.bias) or dtype
-                shift = emit(
-                    aten.add.Tensor, shift, emit(aten.to.dtype, reader.bias, torch.float64)
-                )
+                given = emit(aten.to.dtype, reader.bias, torch.float64)
+                shift = emit(aten.add.Tensor, shift, given)
             like = g.value(reader.bias) if reader.bias is not None else _column(reader)
-            shift = emit(aten.to.dtype, shift, bias_dtype, like=like)
-    new_bias = shift if shift is not None else reader.bias
-    source = node.args[1] if g.packet(node) is aten.addmm else node.args[0]
+            shift = emit(aten.to.dtype, shift, like.dtype, like=like)
+    _give(graph, reader, folded, reader.bias if shift is None else shift)
+
+
+def _at(emit: Emitter, operand: fx.Node, channels: Channels, beside: float) -> fx.Node:
+    """An operand in float64, as one number for each that the reader contracts.
+
+    Args:
+        emit: makes the nodes.
+        operand: the norm's weight or bias.
+        channels: of what the reader contracts.
+        beside: the number for what is no channel of the norm.
+    """
+    row = emit(aten.reshape.default, emit(aten.to.dtype, operand, torch.float64), [-1])
+    stretches = channels.stretches()
+    last = max((first + count for first, count in stretches if first != NONE), default=0)
+    if _is_number(operand):
+        row = emit(aten.expand.default, row, [last])
+    pieces = [
+        emit(aten.new_full.default, row, [count], beside)
+        if first == NONE
+        else emit(aten.narrow.default, row, 0, first, count)
+        for first, count in stretches
+    ]
+    return pieces[0] if len(pieces) == 1 else emit(aten.cat.default, pieces, 0)
+
+
+def _give(graph: fx.Graph, reader: Reader, weight: fx.Node, bias: fx.Node | None) -> None:
+    """Makes an operator read another weight and bias."""
+    node, source = reader.node, reader.source
     if g.packet(node) is aten.addmm:
-        node.args = (new_bias, source, folded)
+        node.args = (bias, source, weight)
     elif g.packet(node) is aten.linear:
-        node.args = (source, folded, new_bias) if new_bias is not None else (source, folded)
-    elif new_bias is None:
-        node.args = (source, folded)
+        node.args = (source, weight) if bias is None else (source, weight, bias)
+    elif g.packet(node) in _CONVOLUTIONS | _TRANSPOSED:
+        node.args = (source, weight, bias, *node.args[3:])
+    elif bias is reader.bias:
+        node.args = (source, weight, *node.args[2:])
     else:  # a bias is made: the product becomes a linear layer, which adds it in its epilogue
         with graph.inserting_before(node):
-            transposed = Emitter(graph, node, RULE)(aten.t.default, folded)
+            transposed = Emitter(graph, node, RULE)(aten.t.default, weight)
         node.target = aten.linear.default
-        node.args = (source, transposed, new_bias)
+        node.args = (source, transposed, bias)
 
 
 def _column(reader: Reader) -> torch.Tensor:
     """A fake tensor like the bias that a reader has not got: one element for each output."""
     held = g.tensor(reader.weight)
     assert held is not None
+    assert reader.out is not None
     with g.fake_mode(reader.weight), torch.no_grad():
-        return held.new_empty(held.shape[0 if reader.out_first else 1])
+        return held.new_empty(held.shape[reader.out])

@@ -21,6 +21,7 @@ from normfx.laws import ARRANGEMENTS, VIEWS
 from normfx.layout import Axes, arranged
 from normfx.ops import norm
 from normfx.options import Options
+from normfx.passes.channels import channel_dim
 from normfx.passes.emit import Emitter
 from normfx.record import Record, Refusal
 
@@ -119,7 +120,8 @@ def _check(
     for operand in operands:
         if operand is not None and operand not in constant:
             return Refused(Refusal.NOT_CONSTANT, operand)
-    channel = _channel_dim(node)
+    given = operands[:3] + operands[5:] if spec.statistic == "running" else operands
+    channel = channel_dim(node, given)  # the statistics themselves are one for each channel
     if channel is None:
         return Refused(Refusal.CHANNELS_MIXED, node)
     reader, source = node, node.args[0]
@@ -155,22 +157,6 @@ def _channels(writer: Writer) -> Any:
     """How many channels an operator makes."""
     shape: Any = g.shape(writer.weight)
     return shape[writer.dim] * writer.groups
-
-
-def _channel_dim(node: fx.Node) -> int | None:
-    """The dim of x that every operand of the norm runs along, or None."""
-    spec: Any = node.kwargs["spec"]
-    rank: Any = node.kwargs["rank"]
-    dims = {1 if rank > 1 else 0} if spec.statistic == "running" else set()
-    for operand in node.args[1:]:
-        shape = g.shape(operand)
-        if shape is None or (spec.statistic == "running" and operand in node.args[4:6]):
-            continue
-        if spec.affine_dim is not None and len(shape) == 1:
-            dims.add(spec.affine_dim)
-        else:
-            dims |= {rank - len(shape) + i for i, size in enumerate(shape) if str(size) != "1"}
-    return dims.pop() if len(dims) == 1 else None
 
 
 def _moved(node: fx.Node, dim: int) -> int | None:
