@@ -97,11 +97,18 @@ def check_family(family: str) -> dict[str, Any]:
 EXACT = 1e-12
 
 
+# What a rule that was applied to a norm did to it.
+DONE = {
+    "fold-affine-into-linear": "folded",
+    "fold-statistics-into-previous": "vanished",
+}
+
+
 def by_kind(rows: dict[str, Any]) -> list[str]:
     """The table of norms by kind: how many, how spelled, what was done and why not."""
     calls: Counter[str] = Counter()
     spelled: Counter[str] = Counter()
-    rewritten: Counter[str] = Counter()
+    done: defaultdict[str, Counter[str]] = defaultdict(Counter)
     refused: defaultdict[str, Counter[str]] = defaultdict(Counter)
     misses: Counter[str] = Counter()
     for row in rows.values():
@@ -111,17 +118,19 @@ def by_kind(rows: dict[str, Any]) -> list[str]:
                 kind = site["kind"]
                 calls[kind] += 1
                 spelled[kind] += site["origin"] == "algebra"
-                rewritten[kind] += bool(site["actions"])
+                done[kind].update({DONE[action] for action in site["actions"]})
                 refused[kind].update(set(site["refusals"]))
     lines = [
-        "| kind | norms | spelled out | affine folded | not folded, by code |",
-        "|---|--:|--:|--:|---|",
+        f"| kind | norms | spelled out | {' | '.join(DONE.values())} | refused, by code |",
+        "|---|--:|--:|" + "--:|" * len(DONE) + "---|",
     ]
     for kind, count in calls.most_common():
         codes = ", ".join(f"{code} {n}" for code, n in refused[kind].most_common())
-        lines.append(f"| {kind} | {count} | {spelled[kind]} | {rewritten[kind]} | {codes} |")
-    total = sum(calls.values())
-    lines.append(f"| all | {total} | {sum(spelled.values())} | {sum(rewritten.values())} | |")
+        counts = " | ".join(str(done[kind][what]) for what in DONE.values())
+        lines.append(f"| {kind} | {count} | {spelled[kind]} | {counts} | {codes} |")
+    totals = [sum(found[what] for found in done.values()) for what in DONE.values()]
+    counts = " | ".join(map(str, totals))
+    lines.append(f"| all | {calls.total()} | {spelled.total()} | {counts} | |")
     near = ", ".join(f"{code} {n}" for code, n in misses.most_common())
     return [*lines, "", f"Near misses, by code: {near or 'none'}."]
 

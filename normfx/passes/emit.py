@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
+
+from normfx import graph as g
 
 
 class Emitter:
@@ -23,7 +26,14 @@ class Emitter:
         """A call of an operator, with the value of `like` where a later stage asks for one."""
         made = self.graph.call_function(target, args)
         if like is not None:
-            made.meta["val"] = like
+            made.meta["val"] = self._with_memory(like)
         made.meta["stack_trace"] = self.at.meta.get("stack_trace")
         made.meta["normfx_rule"] = self.rule
         return made
+
+    def _with_memory(self, like: torch.Tensor) -> torch.Tensor:
+        """The value itself, or one laid out densely for one that repeats the same memory."""
+        if 0 not in like.stride():
+            return like
+        with g.fake_mode(self.at), torch.no_grad():
+            return torch.empty_like(like, memory_format=torch.contiguous_format)

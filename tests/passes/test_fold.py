@@ -110,6 +110,7 @@ FOLDS = {
     "shared-weight": lambda m, y, x: F.linear(y, m.weight) + F.linear(x, m.weight),
     "computed-weight": lambda m, y, x: F.linear(y, m.weight * 2, m.bias + 1),
     "slice-of-a-weight": lambda m, y, x: F.linear(y, m.square[:4]) + F.linear(y, m.square[4:]),
+    "expanded-weight": lambda m, y, x: F.linear(y, m.weight[:1].expand(2, -1)),
     # channels that go elsewhere on the way
     "part": lambda m, y, x: F.linear(y[..., 16:48], m.square[:, 16:48]),
     "parts": lambda m, y, x: (
