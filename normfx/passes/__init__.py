@@ -7,6 +7,8 @@ RULES: dict[str, str] = {
     "fold-statistics-into-previous": (
         "a norm whose statistics are given into the linear operator or convolution before it"
     ),
-    "fold-affine-into-linear": "a norm's weight and bias into those of every linear reader",
+    "fold-affine-into-linear": (
+        "a norm's weight and bias into the linear operators and convolutions after it"
+    ),
     "hoist": "computations that read only parameters run once, outside of the graph",
 }
