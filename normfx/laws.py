@@ -439,12 +439,17 @@ def _view(lift: Lift, node: fx.Node) -> Any:
 
 
 def _expand(lift: Lift, node: fx.Node) -> Any:
-    """Constant along an expanded dim, which has no axes for that."""
+    """Constant along an expanded dim.
+
+    It gets the axes that x has there, as a view may follow; where sizes leave open which, none.
+    """
     source, shape = node.args[0], g.shape(node)
     value = lift.value_of(source) if isinstance(source, fx.Node) else None
     if not isinstance(value, Lifted) or shape is None:
         return None
-    return Lifted(value.poly, ((),) * (len(shape) - len(value.layout)) + value.layout)
+    layout = ((),) * (len(shape) - len(value.layout)) + value.layout
+    placed = set(lift.placed(layout, shape))
+    return Lifted(value.poly, placed.pop() if len(placed) == 1 else layout)
 
 
 def _repeat(lift: Lift, node: fx.Node) -> Any:
