@@ -138,9 +138,11 @@ def values_and_gradients(
         gradients = torch.autograd.grad(
             outputs[0], leaves, cotangent.view(outputs[0].shape), allow_unused=True
         )
-        outputs += [
-            torch.zeros_like(t) if d is None else d for t, d in zip(leaves, gradients, strict=True)
-        ]
+        for name, leaf, gradient in zip(inputs, leaves, gradients, strict=True):
+            made = torch.zeros_like(leaf) if gradient is None else gradient
+            # That of log(eps), which is of the size of the output: the terms of the gradient of eps
+            # are 1/root^2 times larger, and cancel.
+            outputs.append(made * leaf if name == "e" else made)
     return [t.detach() for t in outputs]
 
 
