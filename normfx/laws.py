@@ -132,7 +132,7 @@ def _fma(lift: Lift, node: fx.Node) -> Any:
 
 def _copy(lift: Lift, node: fx.Node) -> Any:
     """What is written over something else, in its place and its dtype."""
-    found = lift.elementwise(node, node.args[1:2]) if g.dtype(node) in _EXACT_DTYPES else None
+    found = lift.elementwise(node, node.args[1:2]) if g.dtype(node) in EXACT_DTYPES else None
     return None if found is None else Lifted(found[0][0], found[1])
 
 
@@ -146,7 +146,7 @@ def _lerp(lift: Lift, node: fx.Node) -> Any:
 
 # A cast to one of these is rounding; to float8 it is quantisation, which is meant to change the
 # numbers.
-_EXACT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+EXACT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def _same(lift: Lift, node: fx.Node) -> Any:
@@ -155,7 +155,7 @@ def _same(lift: Lift, node: fx.Node) -> Any:
         return None
     if g.packet(node) is aten.detach and lift.grad:
         return None
-    if g.dtype(node) not in _EXACT_DTYPES or not isinstance(node.args[0], fx.Node):
+    if g.dtype(node) not in EXACT_DTYPES or not isinstance(node.args[0], fx.Node):
         return None
     return lift.value_of(node.args[0])
 
@@ -163,7 +163,7 @@ def _same(lift: Lift, node: fx.Node) -> Any:
 def _reduction(of: Callable[[Ring, Reduced], Poly | None]) -> Rule:
     def rule(lift: Lift, node: fx.Node) -> Any:
         named = g.arguments(node)
-        if named.get("dtype") not in _EXACT_DTYPES | {None}:
+        if named.get("dtype") not in EXACT_DTYPES | {None}:
             return None
         found = lift.reduce(node.args[0], named.get("dim"), bool(named.get("keepdim")))
         result = None if found is None else of(lift.ring, found)
@@ -429,6 +429,8 @@ def _view(lift: Lift, node: fx.Node) -> Any:
     value = lift.value_of(source) if isinstance(source, fx.Node) else None
     if not isinstance(value, Lifted) or shape is None:
         return None
+    if g.dtype(node) != g.dtype(source):
+        return None  # the bits, read as another dtype
     placed = lift.placed(value.layout, g.shape(source) or ())
     found = [layout for p in placed if (layout := lift.axes.view(p, shape)) is not None]
     if not found:

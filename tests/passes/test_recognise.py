@@ -325,6 +325,16 @@ def test_bits_read_as_another_dtype_are_no_affine_part(after):
     assert len(normfx.report().sites) == 1
 
 
+def test_bits_of_a_statistic_read_as_another_dtype():
+    def reinterpreted(x):
+        mean_square = x.square().mean(-1, keepdim=True).view(torch.bfloat16)
+        return x * torch.rsqrt(mean_square + 1e-6)
+
+    x = torch.rand(8, 8, dtype=torch.float16) + 0.5
+    assert torch.equal(compiled(reinterpreted)(x), reinterpreted(x))
+    assert not normfx.report().sites
+
+
 @pytest.mark.parametrize("bias", [1.0, -2, 0.5])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_number_as_bias(bias, weighted):
