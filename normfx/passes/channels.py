@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from normfx import graph as g
-from normfx.laws import ARRANGEMENTS, VIEWS
+from normfx.laws import ARRANGEMENTS, EXACT_DTYPES, VIEWS
 from normfx.layout import Axes, is_one, plain
 
 aten = torch.ops.aten
@@ -83,7 +83,7 @@ class Channels:
             if g.packet(user) not in (aten.mul, aten.multiply):
                 return None
         held = g.value(user)
-        if isinstance(held, torch.Tensor) and not held.is_floating_point():
+        if isinstance(held, torch.Tensor) and held.dtype not in EXACT_DTYPES:
             return None
         return law(self, source, user)
 
@@ -123,8 +123,8 @@ def _dropout(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | N
 
 def _view(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | None:
     old, new = g.shape(source), g.shape(user)
-    if old is None or new is None:
-        return None
+    if old is None or new is None or g.dtype(user) != g.dtype(source):
+        return None  # of another dtype: the bits, read as that
     axes = Axes(old)
     layout = axes.view(axes.whole, new, split=True)
     if layout is None:
@@ -256,6 +256,14 @@ def _padded(user: fx.Node, rank: int) -> Sequence[int]:
     return [rank - 1 - i // 2 for i, size in enumerate(pads) if size != 0]
 
 
+def _padding(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | None:
+    """Zeros around the numbers stay zeros; another constant would have to be scaled as well."""
+    named = g.arguments(user)
+    if named.get("mode", "constant") == "constant" and named.get("value") not in (None, 0):
+        return None
+    return _along_free(_padded)(channels, source, user)
+
+
 def _mean(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | None:
     rank = channels.labels.dim()
     dims = sorted({d % rank for d in _dims(user, rank)})
@@ -375,6 +383,6 @@ _LAWS: dict[Any, Law] = {
     aten.divide: _scaled,
     aten.neg: _same,
     aten.sum: _mean,
-    aten.pad: _along_free(_padded),
-    aten.constant_pad_nd: _along_free(_padded),
+    aten.pad: _padding,
+    aten.constant_pad_nd: _padding,
 }

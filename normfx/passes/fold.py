@@ -186,6 +186,8 @@ def _reader(
     elif packet in (aten.mm, aten.matmul, aten.bmm, aten._grouped_mm):
         x, weight = args[:2]
         ranks = len(g.shape(weight) or ())
+        if packet is aten._grouped_mm and ranks != 3:  # its groups are of what is contracted
+            return Refused(Refusal.NOT_LINEAR, user)
         dim, out = ranks - 2, 1 if ranks == 2 else None
         bias = g.arguments(user).get("bias")
     elif packet in _CONVOLUTIONS | _TRANSPOSED:

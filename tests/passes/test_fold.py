@@ -379,6 +379,7 @@ ALSO_NOT_LINEAR = {
     "dropout-on": lambda m, y, x: F.linear(F.dropout(y, 0.5, True), m.weight),
     "reinterpreted": lambda m, y, x: F.linear(y.view(torch.int32).to(m.weight.dtype), m.weight),
     "rounded": lambda m, y, x: F.linear(y.to(torch.int32).to(y.dtype), m.weight),
+    "padded-with-ones": lambda m, y, x: F.linear(F.pad(y, (0, 0, 1, 1), value=1.0), m.weight),
     "as-strided": lambda m, y, x: F.linear(y.as_strided((8, 8), (1, 8)), m.weight),
     "gathered": lambda m, y, x: F.linear(
         y.gather(-1, torch.zeros(8, 8, 8, dtype=torch.long)), m.weight
@@ -505,3 +506,18 @@ def test_a_second_run_changes_nothing():
     with torch.no_grad():
         torch.compile(head(), backend=backend)(torch.randn(64, 8))
     assert texts[0] == texts[1]
+
+
+PADDED = {
+    "ones": lambda m, y, x: F.linear(F.pad(y, (0, 0, 1, 1), value=1.0), m.weight),
+    "bits": lambda m, y, x: F.linear(y.half().view(torch.bfloat16).float(), m.weight),
+    "float8": lambda m, y, x: F.linear(y.to(torch.float8_e4m3fn).float(), m.weight),
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+def test_a_weight_stays_where_numbers_are_not_multiples_of_it(case):
+    with torch.no_grad():
+        assert refused(roughened(Reads(PADDED[case], nn.RMSNorm)), torch.randn(8, 6, 8)) == (
+            "reader-not-linear"
+        )
