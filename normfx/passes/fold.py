@@ -22,7 +22,8 @@ from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.channels import NONE, Channels, channel_dim
 from normfx.passes.emit import Emitter
-from normfx.record import Record, Refusal
+from normfx.passes.verdict import Refused, change, refuse
+from normfx.record import Refusal
 
 aten = torch.ops.aten
 
@@ -59,14 +60,6 @@ class Reader:
     channels: Channels
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Why a norm keeps its affine part, and the node that made it so."""
-
-    code: Refusal
-    node: fx.Node
-
-
 def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
     """Folds the affine part of every canonical norm whose readers are all linear.
 
@@ -89,18 +82,16 @@ def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> No
             not g.is_call(node, norm) or node.args[0] in constant
         ):  # a standardised weight: hoist takes all of it
             continue
-        site = node.meta["normfx_site"]
         plan = _check(node, constant, written, options, blocked=blocked)
         if isinstance(plan, Refused):
-            record = Record("fold", RULE, False, plan.code, plan.node.name, g.location(plan.node))
+            refuse(node, "fold", RULE, plan)
         else:
             _replace(gm.graph, node, plan)
             # another norm may be read by the same operators, beside this one
             made = [n for reader in plan for n in reader.node.all_input_nodes]
             constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
             names = ", ".join(reader.node.name for reader in plan)
-            record = Record("fold", RULE, True, None, node.name, site.location, f"into {names}")
-        site.records.append(record)
+            change(node, "fold", RULE, f"into {names}")
 
 
 def _check(

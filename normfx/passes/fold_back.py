@@ -23,7 +23,8 @@ from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.channels import channel_dim
 from normfx.passes.emit import Emitter
-from normfx.record import Record, Refusal
+from normfx.passes.verdict import Refused, change, refuse
+from normfx.record import Refusal
 
 aten = torch.ops.aten
 
@@ -55,14 +56,6 @@ class Writer:
     groups: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Why a norm stays, and the node that made it so."""
-
-    code: Refusal
-    node: fx.Node
-
-
 def fold_back(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
     """Folds every norm whose statistics are given into the operator before it, where it may.
 
@@ -85,17 +78,15 @@ def fold_back(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) 
         spec: Any = node.kwargs["spec"]
         if spec.statistic not in ("running", "static") or node.args[0] in constant:
             continue
-        site = node.meta["normfx_site"]
         plan = _check(node, constant, written, options, blocked=blocked)
         if isinstance(plan, Refused):
-            record = Record("fold", RULE, False, plan.code, plan.node.name, g.location(plan.node))
+            refuse(node, "fold", RULE, plan)
         else:
             _replace(gm.graph, node, plan)
             # a second norm behind the first folds into the weights that the first has made
             made = plan.node.all_input_nodes
             constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
-            record = Record("fold", RULE, True, None, node.name, site.location, plan.node.name)
-        site.records.append(record)
+            change(node, "fold", RULE, plan.node.name)
 
 
 def _check(

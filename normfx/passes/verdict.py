@@ -1,0 +1,35 @@
+"""Verdict: what a rule says of one norm, and how that gets into the journal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from normfx import graph as g
+from normfx.record import Record, Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why a rule leaves a norm as it is, and the node that made it so."""
+
+    code: Refusal
+    node: fx.Node
+
+
+def refuse(norm: fx.Node, stage: str, rule: str, refused: Refused) -> None:
+    """Records that a rule left a canonical norm as it is, and the user's line that is guilty."""
+    guilty = refused.node
+    _note(norm, Record(stage, rule, False, refused.code, guilty.name, g.location(guilty)))
+
+
+def change(norm: fx.Node, stage: str, rule: str, detail: str) -> None:
+    """Records that a rule changed a canonical norm, and how."""
+    site: Any = norm.meta["normfx_site"]
+    _note(norm, Record(stage, rule, True, None, norm.name, site.location, detail))
+
+
+def _note(norm: fx.Node, record: Record) -> None:
+    norm.meta["normfx_site"].records.append(record)
