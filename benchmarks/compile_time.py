@@ -69,7 +69,7 @@ def main() -> None:
     from benchmarks.machine import machine
 
     print(machine())
-    print("layers  nodes  norms  capture  recognise    fold   hoist   lower", end="")
+    print("layers  nodes  norms  capture  recognise   rewrite    fold   hoist   lower", end="")
     print("  normfx  ms/layer  inductor  share")
     for layers in map(int, asked.layers.split(",")):
         command = [sys.executable, "-m", "benchmarks.compile_time", "--one", str(layers)]
@@ -81,6 +81,7 @@ def main() -> None:
             for stage, width in (
                 ("capture", 7),
                 ("recognise", 9),
+                ("rewrite", 8),
                 ("fold", 6),
                 ("hoist", 6),
                 ("lower", 6),

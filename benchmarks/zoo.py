@@ -99,6 +99,7 @@ EXACT = 1e-12
 
 # What a rule that was applied to a norm did to it.
 DONE = {
+    "recentre": "recentred",
     "fold-affine-into-linear": "folded",
     "fold-statistics-into-previous": "vanished",
 }

@@ -1,6 +1,6 @@
 """Pipeline: the order of the stages. Data flows one way; a stage never reaches back.
 
-    capture -> recognise -> fold -> hoist -> lower
+    capture -> recognise -> rewrite -> fold -> hoist -> lower
 
 Each stage takes a graph that runs and leaves a graph that runs, and writes to the journal.
 """
@@ -24,6 +24,7 @@ from normfx.passes.fold import fold
 from normfx.passes.fold_back import fold_back
 from normfx.passes.hoist import Hoisted, hoist
 from normfx.passes.lower import lower
+from normfx.passes.recentre import recentre
 from normfx.passes.recognise import recognise
 from normfx.record import Journal, Refusal
 from normfx.torch_internals import is_module_state
@@ -81,8 +82,11 @@ def rewrite(
         _bodies(captured, options, journal)
         recognise(captured, journal, grad=grad)
     watch("recognise", captured)
+    blocked = _blocked(grad, tracked, in_body)
+    with _stage("rewrite", journal):
+        recentre(captured, options, blocked=blocked)
+    watch("rewrite", captured)
     with _stage("fold", journal):
-        blocked = _blocked(grad, tracked, in_body)
         fold_back(captured, options, blocked=blocked)
         fold(captured, options, blocked=blocked)
     watch("fold", captured)

@@ -42,6 +42,11 @@ class Refusal(enum.Enum):
     NOT_TRACKED = "weight-not-tracked"
     RANGE = "range-too-small"
     IN_BODY = "inside-a-body"
+    STREAM_READ = "stream-read"
+    POST_NORM = "post-norm-input"
+    GATED = "gate-not-constant"
+    OTHER_WIDTH = "other-width"
+    DROPOUT = "active-dropout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,26 @@ REFUSALS: dict[Refusal, Explanation] = {
         "The norm is in the body of an operator (a checkpoint), where weights are operands.",
         "Run inference without the checkpoint.",
     ),
+    Refusal.STREAM_READ: Explanation(
+        "What the norm reads, or part of it, is also read by what sees its mean.",
+        "Only norms over the same channels may read a residual stream that is centred.",
+    ),
+    Refusal.POST_NORM: Explanation(
+        "The norm's input contains the result of another norm, which has a mean of its own.",
+        "Nothing to do: the norm stays what it is in a post-norm block.",
+    ),
+    Refusal.GATED: Explanation(
+        "A branch is multiplied by an activation for each channel, so its mean is not known.",
+        "Nothing to do; the norm stays.",
+    ),
+    Refusal.OTHER_WIDTH: Explanation(
+        "A norm that reads the stream takes its mean over other numbers than one row of channels.",
+        "Nothing to do; the norms of this stream stay.",
+    ),
+    Refusal.DROPOUT: Explanation(
+        "Dropout between a writer and the norm leaves a mean that changes with every call.",
+        "Call model.eval().",
+    ),
     Refusal.NOT_TRACKED: Explanation(
         "A parameter was made in inference mode, so changes to it cannot be noticed.",
         'Build the model outside of inference mode, or pass options={"weights": "frozen"}.',
@@ -218,8 +243,8 @@ class Site:
 
     @property
     def refusals(self) -> list[str]:
-        """The codes of the rules that were refused, in order."""
-        return [r.code.value for r in self.records if r.code is not None]
+        """The codes of the rules that were refused, in order, each once."""
+        return list(dict.fromkeys(r.code.value for r in self.records if r.code is not None))
 
 
 @dataclass(slots=True)

@@ -46,7 +46,10 @@ def test_sites():
         "float32",
     )
     assert (norm.weight, norm.bias, norm.origin) == (True, True, "layer_norm")
-    assert (norm.actions, norm.refusals) == (["fold-affine-into-linear"], [])
+    assert (norm.actions, norm.refusals) == (
+        ["fold-affine-into-linear"],
+        ["writer-not-linear"],  # x is an input of the model
+    )
     assert (spelled.kind, spelled.eps, spelled.origin) == ("RMSNorm", 1e-5, "algebra")
     assert (spelled.weight, spelled.bias) == (False, False)
     assert (final.name, final.actions, final.refusals) == ("final", [], ["extra-user"])
@@ -79,15 +82,16 @@ def test_text():
         "\n".join(line.rstrip() for line in lines) + "\n",
         """\
 graph 0: 3 norms found, 1 rewritten, 1 near misses, 2 tensors hoisted (0.0 MiB)
-site   kind       dims  eps    dtype    actions                  refused     line
-norm   LayerNorm  -1    1e-05  float32  fold-affine-into-linear  -           tests/test_report.py
-mul    RMSNorm    -1    1e-05  float32  -                        no-affine   tests/test_report.py
-final  RMSNorm    -1    1e-06  float32  -                        extra-user  tests/test_report.py
+site   kind       dims  eps    dtype    actions                  refused            line
+norm   LayerNorm  -1    1e-05  float32  fold-affine-into-linear  writer-not-linear  tests/test_report.py
+mul    RMSNorm    -1    1e-05  float32  -                        no-affine          tests/test_report.py
+final  RMSNorm    -1    1e-06  float32  -                        extra-user         tests/test_report.py
 near miss  broadcast-axis-differs  rsqrt_1  tests/test_report.py
            A statistic is broadcast along another axis than the one it belongs to.
 
 extra-user: What would change is read elsewhere too: by the output, a residual or another operator. The affine part must stay for that reader.
 no-affine: The norm has no weight and no bias. Nothing to do.
+writer-not-linear: What makes the norm's input is no linear operator or convolution, or of another dtype. Nothing to do; the norm stays.
 """,
     )
 
@@ -108,7 +112,7 @@ def test_json():
     assert graph["fallback"] == ""
     assert graph["hoisted_tensors"] == 2
     assert graph["hoisted_bytes"] == 4 * (8 * 8 + 8)
-    assert set(graph["stage_ms"]) == {"capture", "recognise", "fold", "hoist", "lower"}
+    assert set(graph["stage_ms"]) == {"capture", "recognise", "rewrite", "fold", "hoist", "lower"}
     assert [site["kind"] for site in graph["sites"]] == [site.kind for site in report.sites]
     assert graph["sites"][0]["actions"] == ["fold-affine-into-linear"]
     assert graph["near_misses"][0]["code"] == "broadcast-axis-differs"

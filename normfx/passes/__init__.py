@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # rule -> what it does, in the order the pipeline runs them
 RULES: dict[str, str] = {
+    "recentre": "a LayerNorm into an RMSNorm, by centring the constants that write its input",
     "fold-statistics-into-previous": (
         "a norm whose statistics are given into the linear operator or convolution before it"
     ),

@@ -1,0 +1,254 @@
+"""Recentre: a LayerNorm whose input has mean zero is an RMSNorm; constants are centred for that.
+
+    LN(x) = RMSNorm(x - mean(x)),  with the same eps,  as  var(x) = mean((x - mean(x))^2)
+    LN(x + c 1) = LN(x)                                        (Pre-RMSNorm, 2305.14858, 3)
+
+Where every reader of a residual stream is a LayerNorm over its channels, nobody sees the mean of
+the stream. Whatever writes into it is linear in a constant, which is centred over the channels that
+it makes: a weight over its outputs, a bias, each row of an embedding table, a position, a class
+token. Then the stream has mean zero, and its LayerNorms need not take it.
+
+`meanblind` says which constants may be centred, `zeromean` which norms then have an input of mean
+zero. A constant is copied for the place where it is read, so that other readers (a tied head) keep
+the original. Centred constants are computed in float64 and rounded once, and are ordinary nodes of
+the graph, which `hoist` moves out of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from normfx import graph as g
+from normfx.analyses.blocks import Blocks, Run
+from normfx.analyses.carried import Use
+from normfx.analyses.meanblind import MeanBlind, is_plain_layer_norm, subtracts_mean
+from normfx.analyses.zeromean import Reason, Zero, ZeroMean, is_zero
+from normfx.laws import ARRANGEMENTS, VIEWS
+from normfx.ops import NormSpec, norm
+from normfx.options import Options
+from normfx.passes.emit import Emitter
+from normfx.passes.verdict import Refused, change, refuse
+from normfx.record import Refusal
+
+aten = torch.ops.aten
+
+RULE = "recentre"
+
+
+def recentre(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
+    """Makes an RMSNorm of every LayerNorm whose input can be given mean zero.
+
+    Args:
+        gm: a graph with canonical nodes; changed in place.
+        options: says whether the rule may run.
+        blocked: why no weight may be changed in this graph (gradients flow, say), or None.
+
+    Every LayerNorm of an activation gets one record.
+
+    Refuses:
+        rule-off, needs-grad, inside-a-body, weight-not-tracked, other-width, mutation-between,
+        stream-read, post-norm-input, gate-not-constant, active-dropout, writer-not-linear.
+    """
+    constant = g.parameter_only(gm.graph)
+    sites = [
+        node
+        for node in gm.graph.find_nodes(op="call_function", target=norm)
+        if _is_layer_norm(node) and node.args[0] not in constant
+    ]
+    may_run = sites and blocked is None and options.allows(RULE)
+    blind = MeanBlind(gm.graph) if may_run else None
+    zero = None if blind is None else ZeroMean(gm.graph, blind)
+    plans = [(node, _check(node, blind, zero, options, blocked=blocked)) for node in sites]
+    uses = {use: None for _, plan in plans if isinstance(plan, Zero) for use in _ordered(plan)}
+    for node, plan in plans:
+        if isinstance(plan, Refused):
+            refuse(node, "rewrite", RULE, plan)
+        else:
+            _convert(node)
+            names = ", ".join(dict.fromkeys(use.value.name for use in _ordered(plan)))
+            change(node, "rewrite", RULE, f"centres {names}")
+    if blind is not None:
+        _centre_all(gm.graph, list(uses), blind)
+
+
+def _is_layer_norm(node: fx.Node) -> bool:
+    spec: Any = node.kwargs["spec"]
+    return subtracts_mean(spec) and spec.kind == "LayerNorm"
+
+
+def _ordered(plan: Zero) -> list[Use]:
+    return sorted(plan.uses, key=lambda use: (use.value.name, use.reader.name, use.path))
+
+
+def _check(
+    node: fx.Node,
+    blind: MeanBlind | None,
+    zero: ZeroMean | None,
+    options: Options,
+    *,
+    blocked: Refusal | None,
+) -> Zero | Refused:
+    if not options.allows(RULE):
+        return Refused(Refusal.RULE_OFF, node)
+    if blocked is not None:
+        return Refused(blocked, node)
+    assert blind is not None
+    assert zero is not None
+    x: Any = node.args[0]
+    if g.storage(x) in blind.written:
+        return Refused(Refusal.MUTATED, x)
+    given = [operand for operand in node.args[4:7] if isinstance(operand, fx.Node)]
+    if given:  # others read its mean too
+        return Refused(Refusal.STREAM_READ, given[0])
+    spec: Any = node.kwargs["spec"]
+    if not is_plain_layer_norm(node) or (spec.correction and _biased(node) is None):
+        return Refused(Refusal.OTHER_WIDTH, node)
+    found = is_zero(zero, node)
+    return found if isinstance(found, Zero) else _refused(found, blind, _made_from(x, blind))
+
+
+def _refused(reason: Reason, blind: MeanBlind, stream: set[fx.Node]) -> Refused:
+    """The code for a value or a reader of one; `stream` are the values that x is made from."""
+    node, packet = reason.node, g.packet(reason.node)
+    if g.storage(node) in blind.written or g.mutated_arguments(node):
+        return Refused(Refusal.MUTATED, node)
+    is_norm = g.is_call(node, norm)
+    moves = VIEWS | ARRANGEMENTS | {aten.cat, aten.concat, aten.stack}
+    if packet in moves and node in blind.laws:  # a row is made of several, or a part of one
+        return Refused(Refusal.OTHER_WIDTH, node)
+    if packet in (aten.dropout, aten.feature_dropout):
+        return Refused(Refusal.DROPOUT, node)
+    if reason.sees and node not in stream:
+        other = is_norm and subtracts_mean(node.kwargs["spec"]) and not any(node.args[4:7])
+        return Refused(Refusal.OTHER_WIDTH if other else Refusal.STREAM_READ, node)
+    if is_norm:
+        return Refused(Refusal.POST_NORM, node)
+    factors = [a for a in node.args if isinstance(a, fx.Node)]
+    if packet in (aten.mul, aten.multiply) and not any(a in blind.constant for a in factors):
+        return Refused(Refusal.GATED, node)
+    if reason.sees:
+        return Refused(Refusal.STREAM_READ, node)
+    blocks = blind.of(node)
+    if blocks is not None and len(blocks.labelled()) > 1:  # and no weight has such blocks
+        return Refused(Refusal.OTHER_WIDTH, node)
+    return Refused(Refusal.NOT_LINEAR_BEFORE, node)
+
+
+def _made_from(x: fx.Node, blind: MeanBlind) -> set[fx.Node]:
+    """The values that a stream is the sum of, each as it was before and after it was moved."""
+    found, pending = {x}, [x]
+    while pending:
+        node = pending.pop()
+        for use in blind.laws[node][1] if node in blind.laws else ():
+            if use.value not in found:
+                found.add(use.value)
+                pending.append(use.value)
+    return found
+
+
+# ---------------------------------------------------------------------------- the norms
+
+
+def _convert(node: fx.Node) -> None:
+    """The same node as an RMSNorm."""
+    spec: Any = node.kwargs["spec"]
+    biased = _biased(node)
+    assert biased is not None
+    # aten.rms_norm keeps the strides of x and promotes with the weight. It has no bias: `lower`
+    # takes it only if the bias was folded into the readers by then, and the body otherwise
+    plain = not spec.contiguous and g.dtype(node.args[1]) in (None, g.dtype(node.args[0]))
+    is_operator = spec.origin == "layer_norm" and plain
+    spec = biased._replace(
+        kind="RMSNorm",
+        statistic="mean-square",
+        centre=False,
+        origin="rms_norm" if is_operator else "algebra",
+    )
+    node.kwargs = {**node.kwargs, "spec": spec}
+
+
+def _biased(node: fx.Node) -> NormSpec | None:
+    """The same norm with the number of elements as divisor of the variance, or None if unknown.
+
+    x / sqrt(S n / (n - k) + e) = sqrt((n - k) / n) x / sqrt(S + e (n - k) / n)
+    """
+    spec: Any = node.kwargs["spec"]
+    if not spec.correction:
+        return spec
+    shape: Any = g.shape(node.args[0])
+    n = shape[spec.dims[0]]
+    if not isinstance(n, int) or n <= spec.correction or spec.eps is None:
+        return None
+    share = (n - spec.correction) / n
+    grown = share if spec.eps_place in ("inside", "floor-inside") else share**0.5
+    return spec._replace(correction=0, scale=spec.scale * share**0.5, eps=spec.eps * grown)
+
+
+# ---------------------------------------------------------------------------- the constants
+
+
+def _centre_all(graph: fx.Graph, uses: list[Use], blind: MeanBlind) -> None:
+    """Makes each place read a centred copy: one for each constant, its blocks and its scale."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    made: dict[Any, fx.Node] = {}
+    values = [use.value for use in uses]
+    for use, value in zip(uses, values, strict=True):
+        blocks = blind.uses[use]
+        (dim,) = blocks.labelled()
+        key = (value, dim, tuple(blocks.labels.flatten().tolist()), use.scale)
+        if key not in made:
+            latest = max((n for n in (value, use.scale) if n is not None), key=order.__getitem__)
+            with graph.inserting_before(_after(latest)):
+                made[key] = _centred(Emitter(graph, value, RULE), use, blocks, dim)
+        use.replace(made[key])
+    for product in {use.scaled: None for use in uses if use.scaled is not None}:
+        factor = next(use.scale for use in uses if use.scaled is product)
+        (kept,) = (a for a in product.args if a is not factor)
+        assert isinstance(kept, fx.Node)
+        product.replace_all_uses_with(kept, propagate_meta=False)
+        graph.erase_node(product)
+
+
+def _after(node: fx.Node) -> fx.Node:
+    """Where to insert so that a node is known: after it, and after all inputs of the graph."""
+    after = node.next
+    while after.op == "placeholder":
+        after = after.next
+    return after
+
+
+def _centred(emit: Emitter, use: Use, blocks: Blocks, dim: int) -> fx.Node:
+    """The constant, scaled and without the mean of each block, rounded once to its dtype."""
+    value = use.value
+    source = value
+    if g.packet(value) is aten.to and "normfx_rule" in value.meta:  # of another rule: not twice
+        source = value.args[0]
+    exact = emit(aten.to.dtype, source, torch.float64)
+    if use.scale is not None:
+        rank = len(g.shape(value) or ())
+        factor = emit(aten.to.dtype, use.scale, torch.float64)
+        sizes = [1] * rank
+        sizes[dim] = -1
+        exact = emit(aten.mul.Tensor, exact, emit(aten.reshape.default, factor, sizes))
+    runs = blocks.runs()
+    if len({(run.size, run.is_block) for run in runs}) == 1:
+        centred = _without_means(emit, exact, dim, runs)
+    else:
+        pieces = []
+        for run in runs:
+            piece = emit(aten.narrow.default, exact, dim, run.start, run.size)
+            pieces.append(_without_means(emit, piece, dim, [run]) if run.is_block else piece)
+        centred = emit(aten.cat.default, pieces, dim)
+    return emit(aten.to.dtype, centred, g.dtype(value), like=g.value(value))
+
+
+def _without_means(emit: Emitter, value: fx.Node, dim: int, runs: list[Run]) -> fx.Node:
+    """A value without the means of blocks of equal size that are all of it."""
+    if len(runs) > 1:
+        value = emit(aten.unflatten.int, value, dim, [len(runs), runs[0].size])
+    over = dim + (len(runs) > 1)
+    centred = emit(aten.sub.Tensor, value, emit(aten.mean.dim, value, [over], True))
+    return centred if len(runs) == 1 else emit(aten.flatten.using_ints, centred, dim, dim + 1)
