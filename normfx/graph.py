@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import os
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,6 +50,14 @@ def dtype(node: Any) -> torch.dtype | None:
     """The dtype of a node's tensor, or None."""
     held = tensor(node)
     return None if held is None else held.dtype
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size as a number; of a symbolic one that of this call. Comparing it guards nothing."""
+    if isinstance(size, int):
+        return size
+    found = size.node.hint
+    return sys.maxsize if found is None else int(found)
 
 
 def storage(node: Any) -> int | None:

@@ -57,6 +57,10 @@ class Options:
         """Whether an exact rule may run."""
         return self.rules is None or rule in self.rules
 
+    def asks_for(self, rule: str) -> bool:
+        """Whether a rule is named, so that it runs where it is off by default."""
+        return self.rules is not None and rule in self.rules
+
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
     if name == "rules":

@@ -11,7 +11,8 @@ token. Then the stream has mean zero, and its LayerNorms need not take it.
 `meanblind` says which constants may be centred, `zeromean` which norms then have an input of mean
 zero. A constant is copied for the place where it is read, so that other readers (a tied head) keep
 the original. Centred constants are computed in float64 and rounded once, and are ordinary nodes of
-the graph, which `hoist` moves out of it.
+the graph, which `hoist` moves out of it. Where a table has more rows than a call looks up, these
+are centred in place of it, in the graph.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ aten = torch.ops.aten
 
 RULE = "recentre"
 
+# What may stand between looked-up rows and the sum of them that is the head of a stream.
+_SUMS = frozenset({aten.add, aten.mul, aten.div, aten.to, aten._to_copy, aten.dropout} | VIEWS)
+
 
 def recentre(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
     """Makes an RMSNorm of every LayerNorm whose input can be given mean zero.
@@ -46,12 +50,18 @@ def recentre(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -
         options: says whether the rule may run.
         blocked: why no weight may be changed in this graph (gradients flow, say), or None.
 
+    With gradients the rule runs only if it is asked for by name: the weights are centred again in
+    every step, in the graph, so the parameters get the gradients that they have without it.
+
     Every LayerNorm of an activation gets one record.
 
     Refuses:
         rule-off, needs-grad, inside-a-body, weight-not-tracked, other-width, mutation-between,
         stream-read, post-norm-input, gate-not-constant, active-dropout, writer-not-linear.
     """
+    training = blocked is Refusal.NEEDS_GRAD
+    if training and options.asks_for(RULE):
+        blocked = None
     constant = g.parameter_only(gm.graph)
     sites = [
         node
@@ -71,7 +81,9 @@ def recentre(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -
             names = ", ".join(dict.fromkeys(use.value.name for use in _ordered(plan)))
             change(node, "rewrite", RULE, f"centres {names}")
     if blind is not None:
-        _centre_all(gm.graph, list(uses), blind)
+        done = _centre_heads(gm.graph, list(uses), blind)
+        exact = torch.float32 if training else torch.float64
+        _centre_all(gm.graph, [use for use in uses if use not in done], blind, exact)
 
 
 def _is_layer_norm(node: fx.Node) -> bool:
@@ -190,8 +202,93 @@ def _biased(node: fx.Node) -> NormSpec | None:
 # ---------------------------------------------------------------------------- the constants
 
 
-def _centre_all(graph: fx.Graph, uses: list[Use], blind: MeanBlind) -> None:
-    """Makes each place read a centred copy: one for each constant, its blocks and its scale."""
+def _centre_heads(graph: fx.Graph, uses: list[Use], blind: MeanBlind) -> set[Use]:
+    """Centres the rows that a call looks up, where a copy of the whole table would be larger.
+
+    Returns:
+        The uses that are done with that.
+
+    Where a stream begins as a sum of looked-up rows and constants (tokens, positions), the sum is
+    centred, once a call: no table is copied. The mean is one pass over what the first norm
+    reads anyway.
+    """
+    done: set[Use] = set()
+    for use in uses:
+        if use in done or g.packet(use.reader) is not aten.embedding or not _is_large(use):
+            continue
+        head = _head(use.reader, blind)
+        rows = blind.of(head)
+        if rows is None or len(rows.labelled()) != 1 or rows.is_partial() or len(rows.runs()) > 1:
+            continue
+        inside = _only_for(head, blind)
+        done.update(u for u in uses if u.reader in inside)
+        _centre_rows(graph, head, rows.labelled()[0])
+    return done
+
+
+def _is_large(use: Use) -> bool:
+    """Whether a table has more rows than are looked up in a call."""
+    table, found = g.tensor(use.value), g.tensor(use.reader)
+    assert table is not None
+    assert found is not None
+    return table.numel() > g.hint(found.numel())
+
+
+def _head(node: fx.Node, blind: MeanBlind) -> fx.Node:
+    """The largest sum of looked-up rows and constants that a value goes into, and nowhere else."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user not in blind.laws or not _is_looked_up(user, blind):
+            break
+        node = user
+    return node
+
+
+def _is_looked_up(node: fx.Node, blind: MeanBlind) -> bool:
+    """Whether a value is made of looked-up rows and constants alone."""
+    if node in blind.constant or g.packet(node) is aten.embedding:
+        return True
+    uses = blind.laws[node][1] if node in blind.laws else ()
+    return (
+        g.packet(node) in _SUMS and bool(uses) and all(_is_looked_up(u.value, blind) for u in uses)
+    )
+
+
+def _only_for(head: fx.Node, blind: MeanBlind) -> set[fx.Node]:
+    """The operators whose results go into a value and nowhere else, and that value's own."""
+    inside, pending = {head}, [head]
+    while pending:
+        node = pending.pop()
+        for use in blind.laws[node][1] if node in blind.laws else ():
+            if use.value not in inside and all(user in inside for user in use.value.users):
+                inside.add(use.value)
+                pending.append(use.value)
+    return inside
+
+
+def _centre_rows(graph: fx.Graph, head: fx.Node, dim: int) -> None:
+    """Takes the mean from a value, in float32 at least."""
+    dtype = torch.promote_types(g.dtype(head), torch.float32)  # pyright: ignore[reportArgumentType]
+    with graph.inserting_after(head):
+        centred = graph.call_function(aten.to.dtype, (head, g.dtype(head)))
+    head.replace_all_uses_with(centred, lambda user: user is not centred, propagate_meta=False)
+    with graph.inserting_before(centred):
+        emit = Emitter(graph, head, RULE)
+        wide = emit(aten.to.dtype, head, dtype)
+        mean = emit(aten.mean.dim, wide, [dim], True)
+        centred.args = (emit(aten.sub.Tensor, wide, mean), g.dtype(head))
+    g.inherit_meta(centred, head)
+
+
+def _centre_all(graph: fx.Graph, uses: list[Use], blind: MeanBlind, dtype: torch.dtype) -> None:
+    """Makes each place read a centred copy: one for each constant, its blocks and its scale.
+
+    Args:
+        graph: changed in place.
+        uses: the places.
+        blind: says which blocks.
+        dtype: to compute in, or that of the constant if it is wider.
+    """
     order = {node: index for index, node in enumerate(graph.nodes)}
     made: dict[Any, fx.Node] = {}
     values = [use.value for use in uses]
@@ -202,7 +299,7 @@ def _centre_all(graph: fx.Graph, uses: list[Use], blind: MeanBlind) -> None:
         if key not in made:
             latest = max((n for n in (value, use.scale) if n is not None), key=order.__getitem__)
             with graph.inserting_before(_after(latest)):
-                made[key] = _centred(Emitter(graph, value, RULE), use, blocks, dim)
+                made[key] = _centred(Emitter(graph, value, RULE), use, blocks, dim, dtype)
         use.replace(made[key])
     for product in {use.scaled: None for use in uses if use.scaled is not None}:
         factor = next(use.scale for use in uses if use.scaled is product)
@@ -220,16 +317,17 @@ def _after(node: fx.Node) -> fx.Node:
     return after
 
 
-def _centred(emit: Emitter, use: Use, blocks: Blocks, dim: int) -> fx.Node:
+def _centred(emit: Emitter, use: Use, blocks: Blocks, dim: int, dtype: torch.dtype) -> fx.Node:
     """The constant, scaled and without the mean of each block, rounded once to its dtype."""
     value = use.value
+    wide = torch.promote_types(g.dtype(value), dtype)  # pyright: ignore[reportArgumentType]
     source = value
     if g.packet(value) is aten.to and "normfx_rule" in value.meta:  # of another rule: not twice
         source = value.args[0]
-    exact = emit(aten.to.dtype, source, torch.float64)
+    exact = emit(aten.to.dtype, source, wide)
     if use.scale is not None:
         rank = len(g.shape(value) or ())
-        factor = emit(aten.to.dtype, use.scale, torch.float64)
+        factor = emit(aten.to.dtype, use.scale, wide)
         sizes = [1] * rank
         sizes[dim] = -1
         exact = emit(aten.mul.Tensor, exact, emit(aten.reshape.default, factor, sizes))

@@ -283,7 +283,7 @@ class Embedded(nn.Module):
 
 def test_golden():
     with torch.no_grad():
-        texts, journal = stages_of(roughened(Embedded()), torch.arange(6))
+        texts, journal = stages_of(roughened(Embedded()), torch.arange(10))
     assert_expected_inline(
         texts["recognise"],
         """\
@@ -313,6 +313,25 @@ v0 = embedding(hoisted_0, in1)
 v1 = rms_norm(v0, [8], None, 1e-05)
 v2 = linear(v1, hoisted_1, hoisted_2)
 return [v2]
+""",
+    )
+    assert journal.sites[0].actions == [RULE, "fold-affine-into-linear"]
+
+
+def test_golden_of_a_table_with_more_rows_than_are_looked_up():
+    with torch.no_grad():
+        texts, journal = stages_of(roughened(Embedded()), torch.arange(6))
+    assert_expected_inline(
+        texts["lower"],
+        """\
+v0 = embedding(in0, in1)
+v1 = to(v0, float32)
+v2 = mean(v1, [1], True)
+v3 = sub(v1, v2)
+v4 = to(v3, float32)
+v5 = rms_norm(v4, [8], None, 1e-05)
+v6 = linear(v5, hoisted_0, hoisted_1)
+return [v6]
 """,
     )
     assert journal.sites[0].actions == [RULE, "fold-affine-into-linear"]
@@ -567,8 +586,8 @@ def test_a_shared_weight_has_one_copy():
 
     assert_agrees(roughened(Shared()).eval(), IDS, options={"rules": [RULE, "hoist"]})
     (graph,) = normfx.report().graphs
-    # the table, two output projections and their biases
-    assert graph.hoisted == 5
+    # two output projections and their biases; of the table only the rows that are looked up
+    assert graph.hoisted == 4
 
 
 def test_heads_are_centred_in_blocks():
@@ -821,6 +840,58 @@ def test_dropout_in_training():
 def test_with_gradients():
     assert_agrees(roughened(Gpt(blocks=1)).eval(), IDS, grad=True)
     assert decisions() == ["needs-grad"] * 3
+
+
+TRAINED = {
+    "gpt-2": (lambda: Gpt(), (IDS,), 5),
+    "gpt-2-tied": (lambda: Gpt(tied=True), (IDS,), 5),
+    "vit": (lambda: Vit(), (IMAGE,), 5),
+    "parallel": (lambda: Gpt(block=Parallel), (IDS,), 3),
+    "layer-scale": (lambda: Gpt(block=LayerScale), (IDS,), 5),
+    "encoder-decoder": (lambda: EncoderDecoder(), (IDS, IDS.flip(1)), 7),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_asked_for_in_training_the_weights_get_the_same_gradients(case):
+    torch.manual_seed(0)
+    make, inputs, count = TRAINED[case]
+    model, inputs = roughened(make()).eval().double(), _double(inputs)
+    trained = copy.deepcopy(model)
+    fast = compiled(trained, rules=[RULE])
+    for run in (model, fast):
+        run(*inputs).square().sum().backward()
+    assert_exact([p.grad for p in trained.parameters()], [p.grad for p in model.parameters()])
+    assert decisions() == [RULE] * count
+    (graph,) = normfx.report().graphs
+    assert graph.hoisted == 0
+
+
+def test_asked_for_in_training_in_float32():
+    torch.manual_seed(0)
+    assert_agrees(roughened(Gpt()).eval(), IDS, grad=True, options={"rules": [RULE]})
+    assert decisions() == [RULE] * 5
+
+
+def test_a_large_table_is_not_copied():
+    """Nor are positions centred beside it: their sum is."""
+    torch.manual_seed(0)
+    model = roughened(Gpt(blocks=1, tied=True)).eval()
+    assert_agrees(model, IDS[:1, :4], options={"rules": [RULE, "hoist"]})
+    (graph,) = normfx.report().graphs
+    assert decisions() == [RULE] * 3
+    # two output projections and their biases, and the rows of four positions as they are
+    assert graph.hoisted == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_looked_up_rows_with_a_large_mean(dtype):
+    torch.manual_seed(0)
+    model = roughened(Gpt(blocks=1)).eval()
+    with torch.no_grad():
+        model.tokens.weight.add_(100.0)
+    assert_agrees(model.to(dtype), IDS[:1, :4])
+    assert decisions() == [RULE] * 3
 
 
 def test_switched_off():
