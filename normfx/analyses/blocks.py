@@ -86,6 +86,11 @@ class Blocks:
         """The dims that blocks run along."""
         return [d for d, size in enumerate(self.labels.shape) if size != 1]
 
+    def row(self) -> int | None:
+        """The dim that every block is a whole row along, if there is one."""
+        dims = self.labelled()
+        return dims[0] if len(dims) == 1 and not bool(self.labels.any()) else None
+
     def is_same(self, other: Blocks) -> bool:
         """Whether two partitions are equal."""
         return torch.equal(self.labels, other.labels)

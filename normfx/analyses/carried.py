@@ -367,6 +367,41 @@ def _rows(old: int, new: int, first: int, taken: int, made: int) -> Carried:
     return _one(0, lambda b: exchanged(b, made, taken), lambda b: exchanged(b, taken, made))
 
 
+def _gather(node: fx.Node) -> Carried | None:
+    """Rows picked by indices that were expanded along the rows."""
+    named = g.arguments(node)
+    old, new, index = g.shape(node.args[0]), g.shape(node), named["index"]
+    if old is None or new is None or len(old) != len(new) or not _is_float(node.args[0]):
+        return None
+    dim = named["dim"] % len(new)
+    alike = [
+        d != dim and str(old[d]) == str(new[d]) and _is_constant_along(index, d)
+        for d in range(len(new))
+    ]
+
+    def picked(blocks: Blocks) -> Blocks:
+        for d, is_alike in enumerate(alike):
+            blocks = blocks if is_alike else blocks.free(d)
+        return blocks
+
+    return _one(0, picked, picked)
+
+
+def _is_constant_along(node: Any, dim: int) -> bool:
+    """Whether a value was made by repeating one index along a dim."""
+    new = g.shape(node)
+    while g.packet(node) in (aten.expand, aten.repeat, aten.tile, aten.to, aten.clone):
+        node = node.args[0]
+        old = g.shape(node)
+        if new is None or old is None or len(old) + dim < len(new):
+            return old is not None
+        if is_one(old[len(old) - len(new) + dim]):
+            return True
+        dim += len(old) - len(new)
+        new = old
+    return False
+
+
 def _index_select(node: fx.Node) -> Carried | None:
     named = g.arguments(node)
     old = g.shape(node.args[0])
@@ -824,6 +859,7 @@ _LAWS: dict[Any, Callable[[fx.Node], Carried | None]] = {
     aten.slice: _slice,
     aten.narrow: _slice,
     aten.select: _select,
+    aten.gather: _gather,
     aten.index: _index,
     aten.index_select: _index_select,
     aten.roll: _roll,

@@ -29,10 +29,12 @@ class Zero:
     Attributes:
         blocks: of the value.
         uses: the places where constants have to be centred, in the blocks they are blind in.
+        values: the values that have to be centred in the graph.
     """
 
     blocks: Blocks
     uses: frozenset[Use] = frozenset()
+    values: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +59,16 @@ class ZeroMean:
     Args:
         graph: with canonical nodes; not changed.
         blind: of that graph.
+        in_graph: whether a value that nothing can be centred behind may itself be centred, if all
+            who read it are blind to that.
 
     Attributes:
         values: of each value that has such blocks, possibly.
         reasons: of each value that has none, and of those that have too few.
     """
 
-    def __init__(self, graph: fx.Graph, blind: MeanBlind) -> None:
-        self._blind = blind
+    def __init__(self, graph: fx.Graph, blind: MeanBlind, *, in_graph: bool = False) -> None:
+        self._blind, self._in_graph = blind, in_graph
         self.values: dict[fx.Node, Zero] = {}
         self.reasons: dict[fx.Node, Reason] = {}
         for node in graph.nodes:
@@ -80,7 +84,7 @@ class ZeroMean:
             return
         law = self._blind.laws.get(node)
         if law is None:
-            self.reasons[node] = Reason(node, sees=False)
+            self._has_mean(node, Reason(node, sees=False))
             return
         parts = [self.at(use) for use in law[1]]
         blocks = law[0].forth([part.blocks if isinstance(part, Zero) else None for part in parts])
@@ -88,12 +92,20 @@ class ZeroMean:
         if reason is None:
             reason = next((self.reasons[u.value] for u in law[1] if u.value in self.reasons), None)
         if blocks is None or blocks.is_none():
-            self.reasons[node] = reason or Reason(node, sees=False)
+            self._has_mean(node, reason or Reason(node, sees=False))
             return
         if reason is not None:
             self.reasons[node] = reason
-        made = [part.uses for part in parts if isinstance(part, Zero)]
-        self.values[node] = Zero(blocks, frozenset().union(*made))
+        known = [part for part in parts if isinstance(part, Zero)]
+        uses = frozenset[Use]().union(*(part.uses for part in known))
+        values = frozenset[fx.Node]().union(*(part.values for part in known))
+        self.values[node] = Zero(blocks, uses, values)
+
+    def _has_mean(self, node: fx.Node, reason: Reason) -> None:
+        self.reasons[node] = reason
+        blind = self._blind.of(node) if self._in_graph else None
+        if blind is not None and blind.row() is not None and node not in self._blind.constant:
+            self.values[node] = Zero(blind, values=frozenset({node}))
 
     def at(self, use: Use) -> Zero | Reason:
         """What is known of a value where it is read."""

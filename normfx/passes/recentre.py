@@ -12,7 +12,8 @@ token. Then the stream has mean zero, and its LayerNorms need not take it.
 zero. A constant is copied for the place where it is read, so that other readers (a tied head) keep
 the original. Centred constants are computed in float64 and rounded once, and are ordinary nodes of
 the graph, which `hoist` moves out of it. Where a table has more rows than a call looks up, these
-are centred in place of it, in the graph.
+are centred in place of it, in the graph; and so is what else a stream begins with (an input),
+where enough norms read it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from normfx.record import Refusal
 aten = torch.ops.aten
 
 RULE = "recentre"
+
+# A value is centred in the graph if norms of this many times as many numbers become cheaper.
+_SAVED = 2
 
 # What may stand between looked-up rows and the sum of them that is the head of a stream.
 _SUMS = frozenset({aten.add, aten.mul, aten.div, aten.to, aten._to_copy, aten.dropout} | VIEWS)
@@ -68,22 +72,21 @@ def recentre(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -
         for node in gm.graph.find_nodes(op="call_function", target=norm)
         if _is_layer_norm(node) and node.args[0] not in constant
     ]
-    may_run = sites and blocked is None and options.allows(RULE)
-    blind = MeanBlind(gm.graph) if may_run else None
-    zero = None if blind is None else ZeroMean(gm.graph, blind)
-    plans = [(node, _check(node, blind, zero, options, blocked=blocked)) for node in sites]
-    uses = {use: None for _, plan in plans if isinstance(plan, Zero) for use in _ordered(plan)}
-    for node, plan in plans:
+    plans: dict[fx.Node, Zero | Refused] = {}
+    blind: MeanBlind | None = None
+    if sites and blocked is None and options.allows(RULE):
+        blind = MeanBlind(gm.graph)
+        plans = _plans(gm.graph, sites, blind)
+    for node in sites:
+        plan = plans.get(node) or _switched_off(node, options, blocked)
         if isinstance(plan, Refused):
             refuse(node, "rewrite", RULE, plan)
         else:
             _convert(node)
-            names = ", ".join(dict.fromkeys(use.value.name for use in _ordered(plan)))
-            change(node, "rewrite", RULE, f"centres {names}")
+            names = [use.value.name for use in _ordered(plan)] + [v.name for v in plan.values]
+            change(node, "rewrite", RULE, f"centres {', '.join(dict.fromkeys(names))}")
     if blind is not None:
-        done = _centre_heads(gm.graph, list(uses), blind)
-        exact = torch.float32 if training else torch.float64
-        _centre_all(gm.graph, [use for use in uses if use not in done], blind, exact)
+        _centre(gm.graph, plans, blind, torch.float32 if training else torch.float64)
 
 
 def _is_layer_norm(node: fx.Node) -> bool:
@@ -95,20 +98,31 @@ def _ordered(plan: Zero) -> list[Use]:
     return sorted(plan.uses, key=lambda use: (use.value.name, use.reader.name, use.path))
 
 
-def _check(
-    node: fx.Node,
-    blind: MeanBlind | None,
-    zero: ZeroMean | None,
-    options: Options,
-    *,
-    blocked: Refusal | None,
-) -> Zero | Refused:
-    if not options.allows(RULE):
-        return Refused(Refusal.RULE_OFF, node)
-    if blocked is not None:
-        return Refused(blocked, node)
-    assert blind is not None
-    assert zero is not None
+def _switched_off(node: fx.Node, options: Options, blocked: Refusal | None) -> Refused:
+    off = not options.allows(RULE) or blocked is None
+    return Refused(Refusal.RULE_OFF if off else blocked, node)
+
+
+def _plans(
+    graph: fx.Graph, sites: list[fx.Node], blind: MeanBlind
+) -> dict[fx.Node, Zero | Refused]:
+    zero = ZeroMean(graph, blind)
+    plans: dict[fx.Node, Zero | Refused] = {}
+    stay: list[fx.Node] = []
+    for node in sites:
+        other = _check(node, blind)
+        found = other or is_zero(zero, node)
+        if isinstance(found, Reason):
+            stay.append(node)
+            found = _refused(found, blind, _made_from(node.args[0], blind))
+        plans[node] = found
+    if stay:
+        plans.update(_with_values(ZeroMean(graph, blind, in_graph=True), stay))
+    return plans
+
+
+def _check(node: fx.Node, blind: MeanBlind) -> Refused | None:
+    """Why a norm stays whatever the mean of its input is."""
     x: Any = node.args[0]
     if g.storage(x) in blind.written:
         return Refused(Refusal.MUTATED, x)
@@ -118,8 +132,38 @@ def _check(
     spec: Any = node.kwargs["spec"]
     if not is_plain_layer_norm(node) or (spec.correction and _biased(node) is None):
         return Refused(Refusal.OTHER_WIDTH, node)
-    found = is_zero(zero, node)
-    return found if isinstance(found, Zero) else _refused(found, blind, _made_from(x, blind))
+    return None
+
+
+def _with_values(zero: ZeroMean, stay: list[fx.Node]) -> dict[fx.Node, Zero]:
+    """The norms for which it pays to centre values in the graph: inputs of a stream, say.
+
+    A value is centred by one pass over it. That saves one for each norm that reads the stream.
+    """
+    groups: list[tuple[set[fx.Node], dict[fx.Node, Zero]]] = []
+    for node in stay:
+        found = is_zero(zero, node)
+        if isinstance(found, Reason):
+            continue
+        values, norms = set(found.values), {node: found}
+        for group in [group for group in groups if group[0] & values]:
+            groups.remove(group)
+            values |= group[0]
+            norms |= group[1]
+        groups.append((values, norms))
+    chosen: dict[fx.Node, Zero] = {}
+    for values, norms in groups:
+        saved = sum(_size(node.args[0]) for node in norms)
+        if saved >= _SAVED * sum(_size(value) for value in values):
+            chosen |= norms
+    return chosen
+
+
+def _size(node: Any) -> int:
+    """How many numbers a value has in this call."""
+    held = g.tensor(node)
+    assert held is not None
+    return g.hint(held.numel())
 
 
 def _refused(reason: Reason, blind: MeanBlind, stream: set[fx.Node]) -> Refused:
@@ -199,7 +243,24 @@ def _biased(node: fx.Node) -> NormSpec | None:
     return spec._replace(correction=0, scale=spec.scale * share**0.5, eps=spec.eps * grown)
 
 
-# ---------------------------------------------------------------------------- the constants
+# ---------------------------------------------------------------------------- what is centred
+
+
+def _centre(
+    graph: fx.Graph,
+    plans: dict[fx.Node, Zero | Refused],
+    blind: MeanBlind,
+    dtype: torch.dtype,
+) -> None:
+    """Centres all that the plans name, each once."""
+    made = [plan for plan in plans.values() if isinstance(plan, Zero)]
+    uses = list({use: None for plan in made for use in _ordered(plan)})
+    for value in {value: None for plan in made for value in plan.values}:
+        dim = blind.blocks[value].row()
+        assert dim is not None
+        _centre_value(graph, value, dim)
+    done = _centre_heads(graph, uses, blind)
+    _centre_all(graph, [use for use in uses if use not in done], blind, dtype)
 
 
 def _centre_heads(graph: fx.Graph, uses: list[Use], blind: MeanBlind) -> set[Use]:
@@ -218,20 +279,18 @@ def _centre_heads(graph: fx.Graph, uses: list[Use], blind: MeanBlind) -> set[Use
             continue
         head = _head(use.reader, blind)
         rows = blind.of(head)
-        if rows is None or len(rows.labelled()) != 1 or rows.is_partial() or len(rows.runs()) > 1:
+        dim = None if rows is None else rows.row()
+        if dim is None:
             continue
         inside = _only_for(head, blind)
         done.update(u for u in uses if u.reader in inside)
-        _centre_rows(graph, head, rows.labelled()[0])
+        _centre_value(graph, head, dim)
     return done
 
 
 def _is_large(use: Use) -> bool:
     """Whether a table has more rows than are looked up in a call."""
-    table, found = g.tensor(use.value), g.tensor(use.reader)
-    assert table is not None
-    assert found is not None
-    return table.numel() > g.hint(found.numel())
+    return _size(use.value) > _size(use.reader)
 
 
 def _head(node: fx.Node, blind: MeanBlind) -> fx.Node:
@@ -266,18 +325,20 @@ def _only_for(head: fx.Node, blind: MeanBlind) -> set[fx.Node]:
     return inside
 
 
-def _centre_rows(graph: fx.Graph, head: fx.Node, dim: int) -> None:
-    """Takes the mean from a value, in float32 at least."""
-    dtype = torch.promote_types(g.dtype(head), torch.float32)  # pyright: ignore[reportArgumentType]
-    with graph.inserting_after(head):
-        centred = graph.call_function(aten.to.dtype, (head, g.dtype(head)))
-    head.replace_all_uses_with(centred, lambda user: user is not centred, propagate_meta=False)
-    with graph.inserting_before(centred):
-        emit = Emitter(graph, head, RULE)
-        wide = emit(aten.to.dtype, head, dtype)
+def _centre_value(graph: fx.Graph, node: fx.Node, dim: int) -> None:
+    """Takes the mean from a value, in the graph and in float32 at least."""
+    dtype: Any = g.dtype(node)
+    wider = torch.promote_types(dtype, torch.float32)
+    with graph.inserting_before(_after(node)):
+        emit = Emitter(graph, node, RULE)
+        wide = node if wider == dtype else emit(aten.to.dtype, node, wider)
         mean = emit(aten.mean.dim, wide, [dim], True)
-        centred.args = (emit(aten.sub.Tensor, wide, mean), g.dtype(head))
-    g.inherit_meta(centred, head)
+        centred = emit(aten.sub.Tensor, wide, mean)
+        made = {wide, mean, centred}
+        if wider != dtype:
+            centred = emit(aten.to.dtype, centred, dtype)
+    node.replace_all_uses_with(centred, lambda user: user not in made, propagate_meta=False)
+    g.inherit_meta(centred, node)
 
 
 def _centre_all(graph: fx.Graph, uses: list[Use], blind: MeanBlind, dtype: torch.dtype) -> None:

@@ -325,13 +325,11 @@ def test_golden_of_a_table_with_more_rows_than_are_looked_up():
         texts["lower"],
         """\
 v0 = embedding(in0, in1)
-v1 = to(v0, float32)
-v2 = mean(v1, [1], True)
-v3 = sub(v1, v2)
-v4 = to(v3, float32)
-v5 = rms_norm(v4, [8], None, 1e-05)
-v6 = linear(v5, hoisted_0, hoisted_1)
-return [v6]
+v1 = mean(v0, [1], True)
+v2 = sub(v0, v1)
+v3 = rms_norm(v2, [8], None, 1e-05)
+v4 = linear(v3, hoisted_0, hoisted_1)
+return [v4]
 """,
     )
     assert journal.sites[0].actions == [RULE, "fold-affine-into-linear"]
@@ -1032,3 +1030,118 @@ def test_random_programs():
         assert_exact(got, want)
         converted += decisions().count(RULE)
     assert converted >= 60, converted
+
+
+# ------------------------------------------------------------------------------------ in the graph
+
+
+class Fed(Gpt):
+    """Blocks that are given embeddings, and pick some of their rows."""
+
+    def forward(self, x, picked):
+        x = x.gather(1, picked.unsqueeze(-1).expand(-1, -1, WIDTH))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+FED = (torch.randn(2, 6, WIDTH) + 3, torch.tensor([[0, 2, 4], [5, 5, 1]]))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_stream_that_begins_with_an_input_is_centred_once(grad):
+    torch.manual_seed(0)
+    options = {"rules": [RULE]} if grad else None
+    assert_agrees(roughened(Fed()).eval(), *FED, grad=grad, options=options)
+    assert decisions() == [RULE] * 5
+
+
+def test_golden_of_a_centred_input():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.LayerNorm(8, bias=False), nn.LayerNorm(8, bias=False)
+            self.inner, self.out = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
+
+        def forward(self, x):
+            x = x + self.inner(self.one(x))
+            return self.out(self.two(x))
+
+    with torch.no_grad():
+        texts, _ = stages_of(roughened(Two()), torch.randn(4, 8))
+    assert_expected_inline(
+        texts["lower"],
+        """\
+v0 = mean(in1, [1], True)
+v1 = sub(in1, v0)
+v2 = rms_norm(v1, [8], None, 1e-05)
+v3 = linear(v2, hoisted_0)
+v4 = add(v1, v3)
+v5 = rms_norm(v4, [8], None, 1e-05)
+v6 = linear(v5, hoisted_1)
+return [v6]
+""",
+    )
+
+
+def test_rows_picked_number_by_number_are_no_rows():
+    class Picked(Fed):
+        def forward(self, x, picked):
+            return super().forward(x.gather(1, (x > 0).long()), picked)
+
+    torch.manual_seed(0)
+    model = roughened(Picked()).eval()
+    assert_agrees(model, *FED)
+    assert decisions() == [RULE] * 5  # what was picked is centred
+
+    class Read(Picked):
+        def forward(self, x, picked):
+            rows = self.tokens(picked)
+            mixed = rows.gather(1, (x[:, :3] > 0).long())
+            return F.layer_norm(mixed, (WIDTH,)), F.layer_norm(rows, (WIDTH,))
+
+    assert_agrees(roughened(Read()).eval(), *FED)
+    assert RULE not in decisions()[5:]
+
+
+def test_a_gate_in_each_branch_is_not_worth_a_pass_in_each():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp, self.norm = linear(), nn.LayerNorm(WIDTH)
+
+        def forward(self, x, gate):
+            return x + gate * self.mlp(self.norm(x))
+
+    class Stack(Gpt):
+        def __init__(self):
+            super().__init__(blocks=3, block=Gated)
+
+        def forward(self, ids, gate):
+            x = self.tokens(ids)
+            for block in self.blocks:
+                x = block(x, gate)
+            return self.head(self.norm(x))
+
+    torch.manual_seed(0)
+    assert_agrees(roughened(Stack()).eval(), IDS, torch.rand(IDS.shape[0], 1, WIDTH))
+    assert decisions() == [RULE, *["gate-not-constant"] * 3]
+
+
+def test_a_value_is_centred_only_if_all_who_read_it_are_blind():
+    class Returned(Fed):
+        def forward(self, x, picked):
+            return super().forward(x, picked), x * 2
+
+    torch.manual_seed(0)
+    assert_agrees(roughened(Returned()).eval(), *FED)
+    assert decisions() == [RULE] * 5  # the picked rows are another value than x
+
+    class Tapped(Gpt):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x)), x
+
+    assert_agrees(roughened(Tapped()).eval(), FED[0])
+    assert RULE not in decisions()[5:]
