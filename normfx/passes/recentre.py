@@ -99,8 +99,9 @@ def _ordered(plan: Zero) -> list[Use]:
 
 
 def _switched_off(node: fx.Node, options: Options, blocked: Refusal | None) -> Refused:
-    off = not options.allows(RULE) or blocked is None
-    return Refused(Refusal.RULE_OFF if off else blocked, node)
+    if blocked is None or not options.allows(RULE):
+        return Refused(Refusal.RULE_OFF, node)
+    return Refused(blocked, node)
 
 
 def _plans(
@@ -114,7 +115,8 @@ def _plans(
         found = other or is_zero(zero, node)
         if isinstance(found, Reason):
             stay.append(node)
-            found = _refused(found, blind, _made_from(node.args[0], blind))
+            x: Any = node.args[0]
+            found = _refused(found, blind, _made_from(x, blind))
         plans[node] = found
     if stay:
         plans.update(_with_values(ZeroMean(graph, blind, in_graph=True), stay))
@@ -178,7 +180,8 @@ def _refused(reason: Reason, blind: MeanBlind, stream: set[fx.Node]) -> Refused:
     if packet in (aten.dropout, aten.feature_dropout):
         return Refused(Refusal.DROPOUT, node)
     if reason.sees and node not in stream:
-        other = is_norm and subtracts_mean(node.kwargs["spec"]) and not any(node.args[4:7])
+        spec: Any = node.kwargs.get("spec")
+        other = is_norm and subtracts_mean(spec) and not any(node.args[4:7])
         return Refused(Refusal.OTHER_WIDTH if other else Refusal.STREAM_READ, node)
     if is_norm:
         return Refused(Refusal.POST_NORM, node)

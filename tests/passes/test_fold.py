@@ -180,7 +180,7 @@ def test_folds_a_weight_alone(case):
     torch._dynamo.reset()
     assert_agrees(roughened(Reads(LINEAR[case], nn.LayerNorm, width=64)), x)
     site = normfx.report().sites[-1]
-    assert site.refusals in (["reader-not-linear"], ["zero-padding"])
+    assert site.refusals[-1] in ("reader-not-linear", "zero-padding")
 
 
 class ChannelsFirst(nn.Module):
