@@ -20,6 +20,7 @@ from normfx import graph as g
 from normfx.capture import capture
 from normfx.errors import StageError
 from normfx.options import Options
+from normfx.passes.compress import compress
 from normfx.passes.fold import fold
 from normfx.passes.fold_back import fold_back
 from normfx.passes.hoist import Hoisted, hoist
@@ -89,6 +90,7 @@ def rewrite(
     with _stage("fold", journal):
         fold_back(captured, options, blocked=blocked)
         fold(captured, options, blocked=blocked)
+        compress(captured, options, blocked=blocked)
     watch("fold", captured)
     hoisted = None
     with _stage("hoist", journal):

@@ -50,6 +50,9 @@ class Reason:
     sees: bool
 
 
+# Under this name a node says in which blocks its mean was taken from it.
+CENTRED = "normfx_centred"
+
 _ZEROS = frozenset({torch.ops.aten.zeros, torch.ops.aten.zeros_like, torch.ops.aten.new_zeros})
 
 
@@ -81,6 +84,9 @@ class ZeroMean:
             return
         if g.packet(node) in _ZEROS and g.shape(node) is not None:
             self.values[node] = Zero(Blocks.singles(len(g.shape(node) or ())))
+            return
+        if CENTRED in node.meta:
+            self.values[node] = Zero(node.meta[CENTRED])
             return
         law = self._blind.laws.get(node)
         if law is None:

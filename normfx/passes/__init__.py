@@ -11,5 +11,8 @@ RULES: dict[str, str] = {
     "fold-affine-into-linear": (
         "a norm's weight and bias into the linear operators and convolutions after it"
     ),
+    "compress": (
+        "a stream of mean zero to one channel less, its RMSNorms to CRMSNorms; only if named"
+    ),
     "hoist": "computations that read only parameters run once, outside of the graph",
 }

@@ -132,7 +132,7 @@ def _check(
                 return Refused(Refusal.MUTATED, user)
             pending += [(user, moved, next_user) for next_user in user.users]
             continue
-        reader = _reader(source, user, channels, constant, shifted=shifted)
+        reader = reader_of(source, user, channels, constant, shifted=shifted)
         if isinstance(reader, Refused):
             return reader
         if user in readers:  # of two parts of its input, or twice of one
@@ -157,9 +157,10 @@ def _is_number(operand: fx.Node) -> bool:
     return all(is_one(size) for size in g.shape(operand) or ())
 
 
-def _reader(
+def reader_of(
     source: fx.Node, user: fx.Node, channels: Channels, constant: set[fx.Node], *, shifted: bool
 ) -> Reader | Refused:
+    """The linear operator that reads some channels, if it may take a scale (and a shift) over."""
     packet = g.packet(user)
     args: Any = user.args
     rank = channels.labels.dim()
@@ -253,7 +254,7 @@ def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
                 shift = emit(aten.add.Tensor, shift, given)
             like = g.value(reader.bias) if reader.bias is not None else _column(reader)
             shift = emit(aten.to.dtype, shift, like.dtype, like=like)
-    _give(graph, reader, folded, reader.bias if shift is None else shift)
+    give(graph, reader, folded, reader.bias if shift is None else shift)
 
 
 def _at(emit: Emitter, operand: fx.Node, channels: Channels, beside: float) -> fx.Node:
@@ -279,7 +280,7 @@ def _at(emit: Emitter, operand: fx.Node, channels: Channels, beside: float) -> f
     return pieces[0] if len(pieces) == 1 else emit(aten.cat.default, pieces, 0)
 
 
-def _give(graph: fx.Graph, reader: Reader, weight: fx.Node, bias: fx.Node | None) -> None:
+def give(graph: fx.Graph, reader: Reader, weight: fx.Node, bias: fx.Node | None) -> None:
     """Makes an operator read another weight and bias."""
     node, source = reader.node, reader.source
     if g.packet(node) is aten.addmm:

@@ -27,7 +27,7 @@ from normfx import graph as g
 from normfx.analyses.blocks import Blocks, Run
 from normfx.analyses.carried import Use
 from normfx.analyses.meanblind import MeanBlind, is_plain_layer_norm, subtracts_mean
-from normfx.analyses.zeromean import Reason, Zero, ZeroMean, is_zero
+from normfx.analyses.zeromean import CENTRED, Reason, Zero, ZeroMean, is_zero
 from normfx.laws import ARRANGEMENTS, VIEWS
 from normfx.ops import NormSpec, norm
 from normfx.options import Options
@@ -261,7 +261,7 @@ def _centre(
     for value in {value: None for plan in made for value in plan.values}:
         dim = blind.blocks[value].row()
         assert dim is not None
-        _centre_value(graph, value, dim)
+        _centre_value(graph, value, dim).meta[CENTRED] = blind.blocks[value]
     done = _centre_heads(graph, uses, blind)
     _centre_all(graph, [use for use in uses if use not in done], blind, dtype)
 
@@ -287,7 +287,7 @@ def _centre_heads(graph: fx.Graph, uses: list[Use], blind: MeanBlind) -> set[Use
             continue
         inside = _only_for(head, blind)
         done.update(u for u in uses if u.reader in inside)
-        _centre_value(graph, head, dim)
+        _centre_value(graph, head, dim).meta[CENTRED] = rows
     return done
 
 
@@ -328,7 +328,7 @@ def _only_for(head: fx.Node, blind: MeanBlind) -> set[fx.Node]:
     return inside
 
 
-def _centre_value(graph: fx.Graph, node: fx.Node, dim: int) -> None:
+def _centre_value(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:
     """Takes the mean from a value, in the graph and in float32 at least."""
     dtype: Any = g.dtype(node)
     wider = torch.promote_types(dtype, torch.float32)
@@ -342,6 +342,7 @@ def _centre_value(graph: fx.Graph, node: fx.Node, dim: int) -> None:
             centred = emit(aten.to.dtype, centred, dtype)
     node.replace_all_uses_with(centred, lambda user: user not in made, propagate_meta=False)
     g.inherit_meta(centred, node)
+    return centred
 
 
 def _centre_all(graph: fx.Graph, uses: list[Use], blind: MeanBlind, dtype: torch.dtype) -> None:
@@ -364,6 +365,7 @@ def _centre_all(graph: fx.Graph, uses: list[Use], blind: MeanBlind, dtype: torch
             latest = max((n for n in (value, use.scale) if n is not None), key=order.__getitem__)
             with graph.inserting_before(_after(latest)):
                 made[key] = _centred(Emitter(graph, value, RULE), use, blocks, dim, dtype)
+            made[key].meta[CENTRED] = blocks
         use.replace(made[key])
     for product in {use.scaled: None for use in uses if use.scaled is not None}:
         factor = next(use.scale for use in uses if use.scaled is product)
