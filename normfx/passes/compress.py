@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from normfx import graph as g
 from normfx.analyses.carried import Use
@@ -291,7 +292,7 @@ def _take_last_column(graph: fx.Graph, reader: Reader, width: int) -> None:
 def _refreshed(node: fx.Node) -> fx.Node:
     """The same node, with the value that it has with the operands it has now."""
     target: Any = node.target
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), g.value)
+    args, kwargs = map_arg((node.args, node.kwargs), g.value)
     with g.fake_mode(node.all_input_nodes[0]), torch.no_grad():
         node.meta["val"] = target(*args, **kwargs)
     return node
