@@ -195,6 +195,5 @@ def _invariance(name: str, node: fx.Node, blind: Blind) -> Invariance | None:
     else:
         view = "channel" if dim is not None and groups == shape[dim] else "group"
     norms = sorted({norm.meta["normfx_site"].name for norm in blind.norms})
-    return Invariance(
-        name, tuple(shape), view, dim, groups, blind.shift.is_complete(), tuple(norms), blocks
-    )
+    shift = blind.shift.refines(blind.scale, shape)
+    return Invariance(name, tuple(shape), view, dim, groups, shift, tuple(norms), blocks)

@@ -74,6 +74,12 @@ class Blocks:
             return False
         return self.labels.unique().numel() == self.labels.numel()
 
+    def refines(self, other: Blocks, shape: Sequence[int]) -> bool:
+        """Whether every function that another partition allows on this shape is allowed here."""
+        joined, given = self.join(other).labelled(shape), other.labelled(shape)
+        same_none = torch.equal(*torch.broadcast_tensors(joined == NONE, given == NONE))
+        return same_none and int(joined.max()) == int(given.max())
+
     def _goes_on(self, dim: int, size: Any) -> bool:
         return dim not in self.free and self.labels.shape[dim] == 1 and not is_one(size)
 
@@ -85,7 +91,8 @@ class Blocks:
         sizes = torch.broadcast_shapes(mine.labels.shape, theirs.labels.shape)
         if _product(sizes) > MAX_LABELS:
             return self._whole() if other.is_complete() else Blocks.none(self.rank)
-        return Blocks(_tight(_joined(mine.labels.expand(sizes), theirs.labels.expand(sizes))), free)
+        labels = _tight(_joined(mine.labels.expand(sizes), theirs.labels.expand(sizes)))
+        return Blocks.none(self.rank) if bool((labels == NONE).all()) else Blocks(labels, free)
 
     def shared(self, dims: Iterable[int]) -> Blocks:
         """Blocks that go on along some dims."""
@@ -139,7 +146,7 @@ class Blocks:
         spread = [missing + d for d, size in enumerate(before) if is_one(size)]
         shared = self.shared([*range(missing), *spread])
         labels = shared.labels.reshape(shared.labels.shape[missing:])
-        return Blocks(labels, frozenset(d - missing for d in shared.free))
+        return Blocks(labels, frozenset(d - missing for d in shared.free if d >= missing))
 
     def viewed(self, shape: Shape, other: Shape) -> Blocks:
         """Of the same numbers, viewed as another shape."""
@@ -178,6 +185,8 @@ class Blocks:
         """Before these positions of a dim of some size were picked; nobody reads the others."""
         if isinstance(size, int) and list(positions) == list(range(size)):
             return self
+        if not positions:
+            return Blocks.each(self.rank)
         if dim in self.free and self.is_complete():
             return self
         rest = self.labels.shape[:dim] + self.labels.shape[dim + 1 :]
