@@ -531,7 +531,27 @@ def _product(use: Use) -> Blind:
     if any(len(g.shape(operand) or ()) < 2 for operand in operands):
         return use.nothing()
     contracted = -1 if use.name == "self" else -2
-    return use.scale(use.out.scale.shared([contracted]).broadcast(use.shape))
+    blocks = use.out.scale.shared([contracted]).broadcast(use.shape)
+    # one vector added to all rows of a is one row added to all of a @ b; so for the columns of b
+    other = -3 - contracted
+    added = Blocks.sharing(len(use.made), [len(use.made) + other])
+    seen = use.out.shift.join(added)
+    if seen.free != added.free or seen.labels.numel() > 1 or not seen.is_complete():
+        return use.scale(blocks)
+    return Blind(blocks, Blocks.sharing(len(use.shape), [len(use.shape) + other]), use.out.norms)
+
+
+def _softmax(use: Use) -> Blind:
+    """A softmax does not see what is added to all that it normalizes."""
+    rank = len(use.shape)
+    shift = Blocks.sharing(rank, [use.named["dim"] % rank])
+    return Blind(Blocks.none(rank), shift)
+
+
+def _key(use: Use) -> Blind:
+    """Attention does not see what is added to all keys: q (k + t)^T, of which it takes softmax."""
+    rank = len(use.shape)
+    return Blind(Blocks.none(rank), Blocks.sharing(rank, [rank - 2]))
 
 
 def _attended(use: Use) -> Blind:
@@ -673,7 +693,8 @@ _LAWS: dict[Any, dict[str, Law]] = {
     **_all(aten.matmul, self=_product, other=_product),
     **_all(aten.mm, aten.bmm, self=_product, mat2=_product),
     **_all(aten.einsum, tensors=_einsum),
-    **_all(aten.scaled_dot_product_attention, value=_attended),
+    **_all(aten.softmax, aten._softmax, aten.log_softmax, self=_softmax),
+    **_all(aten.scaled_dot_product_attention, key=_key, value=_attended),
     **_all(aten.embedding, weight=_embedded),
     **_all(*_CONVOLUTIONS, input=_conv_input, weight=_conv_weight, bias=_conv_bias),
     **_all(*_TRANSPOSED, input=_conv_input, weight=_transposed_weight, bias=_conv_bias),

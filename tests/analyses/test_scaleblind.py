@@ -5,40 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from models import roughened
+from radial import EPS, ZERO, largest, radial
 from torch import nn
 
 import normfx
-
-# Claims are exact up to eps, so that a test needs one that float64 does not see.
-EPS = 1e-30
-
-
-def radial(model, *inputs):
-    """<w, grad> of every parameter in float64, element by element, relative to the largest |w| |grad|."""
-    exact = model.double().requires_grad_()
-    exact.zero_grad()
-    torch.manual_seed(1)  # dropout
-    widened = [x.double() if x.is_floating_point() else x for x in inputs]
-    outputs = exact(*widened)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    sum((y * torch.randn_like(y)).sum() for y in outputs).backward()
-    products = {
-        name: p.detach() * p.grad for name, p in exact.named_parameters() if p.grad is not None
-    }
-    norms = [
-        (p.detach().norm() * p.grad.norm()).item() for p in exact.parameters() if p.grad is not None
-    ]
-    scale = max(norms)
-    return {name: product / scale for name, product in products.items()}
-
-
-def per_block(found, product):
-    return found.dot(product, torch.ones_like(product))
-
-
-# Rounding is of the size of eps; what is not zero is above its root.
-ZERO = torch.finfo(torch.float64).eps ** 0.5
 
 
 def claims(model, *inputs):
@@ -48,7 +21,7 @@ def claims(model, *inputs):
     products = radial(model, *inputs)
     for name, claim in found.items():
         if name in products:
-            worst = per_block(claim, products[name]).abs().max().item()
+            worst = largest(claim, products[name])
             assert worst < ZERO, (
                 f"{name}: {claim.view}, but <w, grad> is {worst:.1e} of the largest"
             )
@@ -298,6 +271,69 @@ def test_is_blind(case):
     assert found.get("w", found.get("k")) == view
 
 
+def attend(m, q, k, v):
+    return (q @ k.mT / 8**0.5 + m.c[:4, :4]).softmax(-1) @ v
+
+
+# What is added to b (8) is not seen.
+DEAD = {
+    "batch-norm": lambda m, x: batch_norm(F.linear(x, m.w, m.b).mT).relu(),
+    "batch-norm-of-an-image": lambda m, x: batch_norm(
+        F.conv2d(x[..., None], m.k, m.b, padding=1)
+    ).relu(),
+    "transposed": lambda m, x: batch_norm(
+        F.conv_transpose2d(m.c.view(2, 8, 3, 1), m.k, m.b, groups=2)
+    ),
+    "addmm": lambda m, x: batch_norm(torch.addmm(m.b, x[0], m.w.mT)).relu(),
+    "groups-of-one": lambda m, x: group_norm(F.linear(x, m.w, m.b).mT, 8).relu(),
+    "keys": lambda m, x: attend(m, y(m, x), F.linear(x, m.w, m.b), y(m, x)),
+    "queries-of-the-transposed": lambda m, x: (
+        (F.linear(x, m.w, m.b) @ y(m, x).mT).softmax(-2) @ y(m, x)
+    ),
+    "keys-of-heads": lambda m, x: F.scaled_dot_product_attention(
+        *(h.view(5, 4, 2, 4).transpose(1, 2) for h in (y(m, x), F.linear(x, m.w, m.b), y(m, x)))
+    ),
+    "before-a-norm-of-the-bias-alone": lambda m, x: (
+        F.linear(x, m.w) + F.layer_norm(m.b[:, None], (1,)).flatten()
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEAD)
+def test_is_dead(case):
+    model, x = Reads(DEAD[case]), torch.randn(5, 4, 6)
+    assert claims(model, x)["b"] == "dead"
+
+
+def test_one_number_is_dead():
+    model = Reads(lambda m, x: (y(m, x) + m.b[0]).log_softmax(-1) * m.b[1:].sum())
+    assert claims(model, torch.randn(5, 4, 6))["b"] == "part"
+
+
+NOT_DEAD = {
+    "layer-norm": lambda m, x: layer_norm(F.linear(x, m.w, m.b)),
+    "group-norm": lambda m, x: group_norm(F.linear(x, m.w, m.b).mT, 4),
+    "relu": lambda m, x: batch_norm(F.linear(x, m.w, m.b).relu().mT),
+    "rms-norm": lambda m, x: F.normalize(F.linear(x, m.w, m.b), dim=1, eps=EPS),
+    "queries": lambda m, x: attend(m, F.linear(x, m.w, m.b), y(m, x), y(m, x)),
+    "values": lambda m, x: attend(m, y(m, x), y(m, x), F.linear(x, m.w, m.b)),
+    "rotated-keys": lambda m, x: attend(
+        m, y(m, x), F.linear(x, m.w, m.b) * x[..., :1].cos(), y(m, x)
+    ),
+    "masked-by-a-factor": lambda m, x: (
+        (y(m, x) @ F.linear(x, m.w, m.b).mT * m.c[:4, :4]).softmax(-1) @ x
+    ),
+    "softmax-of-channels": lambda m, x: F.linear(x, m.w, m.b).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("case", NOT_DEAD)
+def test_is_not_dead(case):
+    model, x = Reads(NOT_DEAD[case]), torch.randn(5, 4, 6)
+    assert "b" not in claims(model, x)
+    assert radial(model, x)["b"].sum().abs() > ZERO
+
+
 SEEN = {
     "result": lambda m, x: y(m, x),
     "result-beside": lambda m, x: (layer_norm(y(m, x)), y(m, x).relu()),
@@ -357,3 +393,85 @@ def test_sees(case):
         product = radial(model, x)["w"]
         assert product.sum().abs() > ZERO
         assert (product.sum(1).abs() > ZERO).any()
+
+
+class Drawn(nn.Module):
+    """A program over values of shape (3, 4, 8): each step reads earlier values and its own weights."""
+
+    def __init__(self, steps, results) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.steps, self.results = steps, results
+        for i, _ in enumerate(steps):
+            self.register_parameter(f"w{i}", nn.Parameter(torch.randn(8, 8)))
+            self.register_parameter(f"b{i}", nn.Parameter(torch.randn(8)))
+
+    def forward(self, x):
+        values = [x]
+        for i, (name, first, second) in enumerate(self.steps):
+            w, b = getattr(self, f"w{i}"), getattr(self, f"b{i}")
+            earlier = values[-1 - first % len(values)], values[-1 - second % len(values)]
+            values.append(STEPS[name](*earlier, w, b))
+        return tuple(values[-1 - i % len(values)] for i in self.results)
+
+
+STEPS = {
+    "linear": lambda x, z, w, b: F.linear(x, w),
+    "linear-bias": lambda x, z, w, b: F.linear(x, w, b),
+    "matmul": lambda x, z, w, b: x @ w,
+    "heads": lambda x, z, w, b: torch.einsum("bti,hdi->bthd", x, w.view(2, 4, 8)).flatten(2),
+    "conv": lambda x, z, w, b: F.conv1d(x.mT, w[:, :, None], b).mT,
+    "depthwise": lambda x, z, w, b: F.conv1d(x.mT, w[:, None, :3], padding=1, groups=8).mT,
+    "grouped": lambda x, z, w, b: F.conv1d(x.mT, w[:, :4, None], groups=2).mT,
+    "normed-weight": lambda x, z, w, b: F.linear(x, F.normalize(w, eps=EPS)),
+    "scale": lambda x, z, w, b: x * b,
+    "bias": lambda x, z, w, b: x + b,
+    "layer-norm": lambda x, z, w, b: layer_norm(x),
+    "layer-norm-affine": lambda x, z, w, b: F.layer_norm(x, (8,), b, w[0], EPS),
+    "rms-norm": lambda x, z, w, b: rms_norm(x),
+    "rms-norm-affine": lambda x, z, w, b: rms_norm(x, b),
+    "batch-norm": lambda x, z, w, b: batch_norm(x.mT).mT,
+    "group-norm": lambda x, z, w, b: group_norm(x.mT, 2).mT,
+    "head-norm": lambda x, z, w, b: rms_norm(x.view(3, 4, 2, 4)).flatten(2),
+    "token-norm": lambda x, z, w, b: F.normalize(x, dim=1, eps=EPS),
+    "half-norm": lambda x, z, w, b: torch.cat([layer_norm(x[..., :4]), x[..., 4:]], -1),
+    "relu": lambda x, z, w, b: F.leaky_relu(x, 0.1),
+    "silu": lambda x, z, w, b: F.silu(x),
+    "square": lambda x, z, w, b: x * x.abs(),
+    "add": lambda x, z, w, b: x + z,
+    "multiply": lambda x, z, w, b: x * z,
+    "divide": lambda x, z, w, b: x / (z.abs() + 1),
+    "beside": lambda x, z, w, b: torch.cat([x[..., :4], z[..., 4:]], -1),
+    "other-half": lambda x, z, w, b: torch.cat([x[..., 4:], z[..., :4]], -1),
+    "flip": lambda x, z, w, b: x.flip(-1),
+    "mean": lambda x, z, w, b: x.mean(1, keepdim=True).expand(3, 4, 8),
+    "shuffle": lambda x, z, w, b: x.view(3, 4, 2, 4).transpose(2, 3).reshape(3, 4, 8),
+    "detach": lambda x, z, w, b: x.detach() * z,
+    "attention": lambda x, z, w, b: F.scaled_dot_product_attention(z, z, x),
+    "keys": lambda x, z, w, b: F.scaled_dot_product_attention(z, x, z),
+    "scores": lambda x, z, w, b: ((z @ x.mT) / 3).softmax(-1) @ z,
+    "softmax": lambda x, z, w, b: x.softmax(1),
+}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 2), st.integers(0, 4)),
+        min_size=2,
+        max_size=9,
+    ),
+    st.lists(st.integers(0, 3), min_size=1, max_size=2),
+)
+def test_claims_of_drawn_programs(steps, results):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Drawn(steps, results), torch.randn(3, 4, 8)
+    found = normfx.scale_invariant_parameters(model)(x)
+    try:
+        products = radial(model, x)
+    except RuntimeError:  # nothing that has a gradient
+        return
+    for name, claim in found.items():
+        if name in products and products[name].isfinite().all():
+            assert largest(claim, products[name]) < ZERO, (name, claim.view)
