@@ -24,15 +24,21 @@ def with_small_eps(model: nn.Module) -> nn.Module:
 
 
 def radial(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    """w * grad of every parameter, relative to the largest |w| |grad|. The model becomes float64."""
+    """w * grad of every parameter, relative to the loss, or to |w| |grad| of some parameter.
+
+    The model becomes float64.
+    """
     exact = model.double().requires_grad_()
     exact.zero_grad()
     torch.manual_seed(1)  # dropout
     outputs: Any = exact(*(x.double() if x.is_floating_point() else x for x in inputs))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    sum((y * torch.randn_like(y)).sum() for y in outputs).backward()
+    terms = [y * torch.randn_like(y) for y in outputs]
+    sum(term.sum() for term in terms).backward()
     read = {name: p for name, p in exact.named_parameters() if p.grad is not None}
-    scale = max(float(p.detach().norm() * p.grad.norm()) for p in read.values())
+    sizes = [float(p.detach().norm() * p.grad.norm()) for p in read.values()]
+    # where every gradient is zero, what is there is rounding
+    scale = max(*sizes, sum(float(term.detach().abs().sum()) for term in terms))
     return {name: p.detach() * p.grad / scale for name, p in read.items()}
 
 

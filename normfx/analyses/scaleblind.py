@@ -188,6 +188,9 @@ def _uses(node: fx.Node, found: dict[fx.Node, Blind]) -> Iterator[Use]:
 
 
 def _read(use: Use) -> Blind:
+    """What one occurrence of a value lets through of what the operator's readers do not see."""
+    if g.is_pure(use.user) and use.user in use.found and use.out.is_dead(use.made):
+        return use.unread()
     packet = norm if use.user.target is norm else g.packet(use.user)
     law = _LAWS.get(packet, {}).get(use.name)
     if law is None:
