@@ -21,8 +21,9 @@ import torch
 from torch import fx, nn
 
 from normfx import graph as g
+from normfx.analyses.blind import Blind
 from normfx.analyses.blocks import NONE
-from normfx.analyses.scaleblind import Blind, scale_blindness
+from normfx.analyses.scaleblind import scale_blindness
 from normfx.options import Options
 from normfx.pipeline import rewrite
 from normfx.record import Journal

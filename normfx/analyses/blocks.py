@@ -226,6 +226,8 @@ class Blocks:
 
 def _joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The labels of the join: what hangs together by blocks of one or of the other."""
+    if a.numel() == 1:
+        return torch.where((a == NONE) | (b == NONE), NONE, torch.zeros_like(a))
     mine = a.flatten().unique(return_inverse=True)[1]
     theirs = b.flatten().unique(return_inverse=True)[1]
     found = torch.where((a == NONE) | (b == NONE), -1, mine.reshape(a.shape)).flatten()

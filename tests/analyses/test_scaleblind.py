@@ -161,6 +161,13 @@ CASES = {
         lambda m, x: (layer_norm(y(m, x)[..., ::2]), layer_norm(y(m, x)[..., 1::2])),
         "group",
     ),
+    "narrow": (
+        lambda m, x: (
+            layer_norm(torch.narrow(y(m, x), -1, -4, 4)),
+            layer_norm(torch.narrow(y(m, x), 2, 0, 4)),
+        ),
+        "group",
+    ),
     "one-half": (lambda m, x: layer_norm(y(m, x)[..., :4]), "group"),
     "one-half-is-seen": (lambda m, x: (layer_norm(y(m, x)[..., :4]), y(m, x)[..., 4:]), "part"),
     "split": (
@@ -335,6 +342,8 @@ def test_is_not_dead(case):
 
 
 SEEN = {
+    "narrow": lambda m, x: (torch.narrow(y(m, x), -1, -4, 4), layer_norm(y(m, x))),
+    "select-from-the-end": lambda m, x: (y(m, x)[..., -1], layer_norm(y(m, x))),
     "result": lambda m, x: y(m, x),
     "result-beside": lambda m, x: (layer_norm(y(m, x)), y(m, x).relu()),
     "residual": lambda m, x: layer_norm(x.repeat(1, 1, 2)[..., :8] + y(m, x)),
@@ -360,7 +369,7 @@ SEEN = {
     "padded-with-ones": lambda m, x: batch_norm(F.pad(y(m, x).mT, (1, 1), value=1.0)),
     "beside-others": lambda m, x: layer_norm(torch.cat([y(m, x), x], -1)),
     "stacked-with-others": lambda m, x: layer_norm(
-        torch.stack([y(m, x), m.out[0].expand(5, 4, 8)], -1)
+        torch.stack([y(m, x), *m.out[:2, None, None].expand(2, 5, 4, 8)], -1)
     ),
     "where": lambda m, x: layer_norm(torch.where(m.out[0] > 0, y(m, x), 1.0)),
     "fixed-statistics": lambda m, x: F.batch_norm(y(m, x).mT, m.out[0], m.out[1].abs()),
