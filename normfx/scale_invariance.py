@@ -61,8 +61,9 @@ class Invariance:
         """The inner product of two tensors like the parameter, for each block.
 
         Shapes: a, b: as the parameter. Returns: (groups,).
+        Dtypes: the sum is in at least float32.
         """
-        product = a * b
+        product = a.to(torch.promote_types(a.dtype, torch.float32)) * b
         # one more place, for what is in no block
         numbers = self._numbers(product.device) % (self.groups + 1)
         total = product.new_zeros(self.groups + 1)
@@ -83,7 +84,7 @@ class Invariance:
         squares = (self.dot(weight, weight).sqrt() + eps) ** 2
         along = self.dot(weight, update) / squares
         factors = torch.cat([along, along.new_zeros(1)])[self._numbers(weight.device)]
-        return update - weight * factors
+        return (update - weight * factors).to(update.dtype)
 
     def _numbers(self, device: torch.device) -> torch.Tensor:
         return self.blocks.to(device).expand(self.shape)

@@ -289,10 +289,33 @@ def test_projects_as_adamp_does(norm, view):
     assert torch.equal(claim.project(update, torch.zeros_like(weight)), update)
 
 
+def test_projects_in_half_dtypes():
+    model = nn.Sequential(nn.Linear(4096, 2, bias=False), nn.BatchNorm1d(2))
+    claim = normfx.scale_invariant_parameters(model)(torch.randn(5, 4096))["0.weight"]
+    ones = torch.ones(2, 4096, dtype=torch.bfloat16)
+    assert claim.dot(ones, ones).tolist() == [4096.0, 4096.0]
+    projected = claim.project(ones, ones)
+    assert projected.dtype is torch.bfloat16
+    assert not projected.any()
+
+
 def test_eval_mode_has_fixed_statistics():
     model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.BatchNorm1d(6))
     assert len(normfx.scale_invariant_parameters(model)(torch.randn(ROWS))) == 1
     assert len(normfx.scale_invariant_parameters(model.eval())(torch.randn(ROWS))) == 0
+
+
+def test_a_running_statistic_that_is_read_sees():
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 6, bias=False), nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            y = self.norm(self.linear(x))
+            return y, y + self.norm.running_mean
+
+    assert not normfx.scale_invariant_parameters(Reads())(torch.randn(ROWS))
 
 
 class DetachedStatistic(nn.Module):

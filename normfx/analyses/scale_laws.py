@@ -44,10 +44,19 @@ def _normalized(use: Use) -> Blind:
         return use.nothing()
     if given["gate"] is not None or given["eps"] is not None or not _is_blind(spec):
         return use.nothing()
+    if not all(_is_only_updated(given[name]) for name in ("mean", "square")):
+        return use.nothing()
     blocks = _statistic_blocks(spec, use.shape)
     centred = spec.centre and spec.statistic in _CENTRED
     shift = blocks if centred else Blocks.none(blocks.rank)
     return Blind(blocks, shift, frozenset({use.user}))
+
+
+def _is_only_updated(statistic: fx.Node | None) -> bool:
+    """Whether nothing reads a running statistic: it sees the scale."""
+    readers = [] if statistic is None else statistic.users
+    specs: list[Any] = [reader.kwargs.get("spec") for reader in readers]
+    return all(spec is not None and spec.statistic == "batch" for spec in specs)
 
 
 def _is_blind(spec: NormSpec) -> bool:

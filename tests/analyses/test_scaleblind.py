@@ -216,6 +216,27 @@ CASES = {
         "channel",
     ),
     "linear-after": (lambda m, x: layer_norm(F.linear(F.relu(y(m, x)), m.out)), "whole"),
+    "linear-then-batch-norm": (lambda m, x: batch_norm(F.linear(y(m, x), m.out).mT), "whole"),
+    "matmul-then-batch-norm": (lambda m, x: batch_norm((y(m, x) @ m.c).mT), "whole"),
+    "from-the-left-then-layer-norm": (lambda m, x: layer_norm(m.c[:3, :4] @ y(m, x)), "whole"),
+    "from-the-left-then-batch-norm": (
+        lambda m, x: batch_norm((m.c[:3, :4] @ y(m, x)).mT),
+        "channel",
+    ),
+    "einsum-then-batch-norm": (
+        lambda m, x: batch_norm(torch.einsum("bto,oi->bit", y(m, x), m.c)),
+        "whole",
+    ),
+    "sum-of-channels": (lambda m, x: batch_norm(y(m, x).sum(-1)), "whole"),
+    "norm-of-channels": (
+        lambda m, x: batch_norm(torch.linalg.vector_norm(y(m, x), dim=-1)),
+        "whole",
+    ),
+    "padded-channels": (lambda m, x: batch_norm(F.pad(y(m, x), (1, 1)).mT), "whole"),
+    "attention-by-channel": (
+        lambda m, x: F.normalize(F.scaled_dot_product_attention(x, x, y(m, x)), dim=1, eps=EPS),
+        "channel",
+    ),
     "attention": (
         lambda m, x: layer_norm(
             F.scaled_dot_product_attention(x[:, None], x[:, None], y(m, x)[:, None])
