@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from normfx import graph as g
 from normfx.analyses.blind import Blind
-from normfx.analyses.blocks import NONE
+from normfx.analyses.partition import NONE
 from normfx.analyses.scaleblind import scale_blindness
 from normfx.options import Options
 from normfx.pipeline import rewrite

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from normfx import graph as g
-from normfx.analyses.blocks import Blocks
+from normfx.analyses.partition import Partition
 from normfx.ops import norm
 
 _OPERANDS = ("x", "weight", "bias", "eps", "mean", "square", "gate")
@@ -26,19 +26,19 @@ class Blind:
         norms: the canonical norms that make it so.
     """
 
-    scale: Blocks
-    shift: Blocks
+    scale: Partition
+    shift: Partition
     norms: frozenset[fx.Node] = frozenset()
 
     @classmethod
     def nothing(cls, rank: int) -> Blind:
         """Every change is seen."""
-        return cls(Blocks.none(rank), Blocks.none(rank))
+        return cls(Partition.none(rank), Partition.none(rank))
 
     @classmethod
     def unread(cls, rank: int) -> Blind:
         """No change is seen."""
-        return cls(Blocks.each(rank), Blocks.each(rank))
+        return cls(Partition.each(rank), Partition.each(rank))
 
     def join(self, other: Blind) -> Blind:
         """What neither of two readers sees."""
@@ -89,11 +89,11 @@ class Use:
         """The operator's arguments by name."""
         return arguments(self.user)
 
-    def scale(self, blocks: Blocks) -> Blind:
+    def scale(self, blocks: Partition) -> Blind:
         """Blind to factors of these blocks, as far as the operator's readers are."""
-        return Blind(blocks, Blocks.none(blocks.rank), self.out.norms)
+        return Blind(blocks, Partition.none(blocks.rank), self.out.norms)
 
-    def moved(self, move: Callable[[Blocks], Blocks]) -> Blind:
+    def moved(self, move: Callable[[Partition], Partition]) -> Blind:
         """The numbers are those of the operator's result, elsewhere."""
         return Blind(move(self.out.scale), move(self.out.shift), self.out.norms)
 

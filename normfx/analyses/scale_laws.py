@@ -16,7 +16,7 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.analyses.blind import Blind, Use
-from normfx.analyses.blocks import Blocks
+from normfx.analyses.partition import Partition
 from normfx.laws import ARRANGEMENTS, VIEWS, einsum_equation
 from normfx.layout import is_one
 from normfx.lifted import normal_dims
@@ -48,7 +48,7 @@ def _normalized(use: Use) -> Blind:
         return use.nothing()
     blocks = _statistic_blocks(spec, use.shape)
     centred = spec.centre and spec.statistic in _CENTRED
-    shift = blocks if centred else Blocks.none(blocks.rank)
+    shift = blocks if centred else Partition.none(blocks.rank)
     return Blind(blocks, shift, frozenset({use.user}))
 
 
@@ -63,13 +63,13 @@ def _is_blind(spec: NormSpec) -> bool:
     return spec.statistic in _STATISTICS and spec.eps is not None and 0 <= spec.eps <= MAX_EPS
 
 
-def _statistic_blocks(spec: NormSpec, shape: tuple[Any, ...]) -> Blocks:
+def _statistic_blocks(spec: NormSpec, shape: tuple[Any, ...]) -> Partition:
     """What the statistics are taken over, for each index of the other dims."""
     if not spec.groups:
-        return Blocks.sharing(len(shape), spec.dims)
+        return Partition.sharing(len(shape), spec.dims)
     dim = spec.group_dim
     cut = (*shape[:dim], spec.groups, shape[dim] // spec.groups, *shape[dim + 1 :])
-    return Blocks.sharing(len(cut), spec.dims).viewed(cut, shape)
+    return Partition.sharing(len(cut), spec.dims).viewed(cut, shape)
 
 
 def _norm_weight(use: Use) -> Blind:
@@ -83,7 +83,7 @@ def _norm_weight(use: Use) -> Blind:
 def _norm_bias(use: Use) -> Blind:
     aligned, shape = _alignment(use)
     shift = use.out.shift.broadcast(aligned).viewed(aligned, shape)
-    return Blind(Blocks.none(len(shape)), shift, use.out.norms)
+    return Blind(Partition.none(len(shape)), shift, use.out.norms)
 
 
 def _alignment(use: Use) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -102,7 +102,7 @@ def _aligned(use: Use, operand: fx.Node) -> tuple[Any, ...]:
 # ---------------------------------------------------------------------------- sums
 
 
-def _beside(out: Blind, summand: tuple[Any, ...], made: tuple[Any, ...]) -> Blocks:
+def _beside(out: Blind, summand: tuple[Any, ...], made: tuple[Any, ...]) -> Partition:
     """The factors of u that are unseen in u + b: (1 - c) * b must be.
 
     Args:
@@ -114,7 +114,7 @@ def _beside(out: Blind, summand: tuple[Any, ...], made: tuple[Any, ...]) -> Bloc
     varying = [d for d in range(missing, rank) if not is_one(summand[d - missing])]
     shift = out.shift
     if any(d not in shift.free and shift.labels.shape[d] == 1 for d in varying):
-        return Blocks.none(rank)
+        return Partition.none(rank)
     spread = [d for d in varying if shift.labels.shape[d] != 1]
     if spread:  # blocks that b is not constant on
         place = torch.zeros([1] * rank, dtype=torch.int64, device="cpu")
@@ -226,7 +226,7 @@ def _chosen(use: Use, out: Blind, dim: int, index: Any) -> Blind:
     """One index of a dim was taken, without the dim."""
     size = use.shape[dim]
 
-    def move(blocks: Blocks) -> Blocks:
+    def move(blocks: Partition) -> Partition:
         wide = blocks.unsqueezed(dim)
         if not isinstance(size, int) or not isinstance(index, int):
             return wide
@@ -256,8 +256,8 @@ def _split(use: Use) -> Blind:
         start = sum(sizes[:index]) if all(isinstance(s, int) for s in sizes) else None
 
         def move(
-            blocks: Blocks, start: Any = start, size: Any = size, length: Any = sizes[index]
-        ) -> Blocks:
+            blocks: Partition, start: Any = start, size: Any = size, length: Any = sizes[index]
+        ) -> Partition:
             if start is None:
                 return blocks.shared([dim])
             return blocks.picked(dim, range(start, start + length), size)
@@ -275,9 +275,9 @@ def _cat(use: Use) -> Blind:
         return use.nothing()  # an empty tensor without dims may stand beside others
     sizes = [1 if stacked else shape[dim] for shape in shapes if shape is not None]
 
-    def move(blocks: Blocks) -> Blocks:
+    def move(blocks: Partition) -> Partition:
         if dim not in blocks.free and not all(isinstance(size, int) for size in sizes):
-            return Blocks.none(len(use.shape))
+            return Partition.none(len(use.shape))
         start = 0 if dim in blocks.free else sum(sizes[: use.index])
         total = 0 if dim in blocks.free else sum(sizes)
         found = blocks.part(dim, start, sizes[use.index], total)
@@ -337,14 +337,14 @@ def _linear_bias(use: Use) -> Blind:
     return _bias(use, -1)
 
 
-def _before_bias(use: Use, channel: int) -> Blocks:
+def _before_bias(use: Use, channel: int) -> Partition:
     """Of u in u + bias, where the bias runs along one dim."""
     bias = use.named.get("bias")
     if bias is None:
         return use.out.scale
     shape = g.shape(bias) or ()
     if len(shape) != 1:
-        return Blocks.none(len(use.made))
+        return Partition.none(len(use.made))
     behind = len(use.made) - 1 - channel % len(use.made)
     return _beside(use.out, shape + (1,) * behind, use.made)
 
@@ -355,7 +355,7 @@ def _bias(use: Use, channel: int) -> Blind:
     behind = len(use.made) - 1 - channel % len(use.made)
     aligned = use.shape + (1,) * behind
     shift = use.out.shift.broadcast(aligned).viewed(aligned, use.shape)
-    return Blind(Blocks.none(1), shift, use.out.norms)
+    return Blind(Partition.none(1), shift, use.out.norms)
 
 
 def _addmm(use: Use) -> Blind:
@@ -367,7 +367,7 @@ def _addmm(use: Use) -> Blind:
     if use.name == "mat2":
         return use.scale(blocks.shared([0]))
     shift = use.out.shift.broadcast(use.shape)
-    return Blind(Blocks.none(len(use.shape)), shift, use.out.norms)
+    return Blind(Partition.none(len(use.shape)), shift, use.out.norms)
 
 
 def _product(use: Use) -> Blind:
@@ -379,24 +379,24 @@ def _product(use: Use) -> Blind:
     blocks = use.out.scale.shared([contracted]).broadcast(use.shape)
     # one vector added to all rows of a is one row added to all of a @ b; so for the columns of b
     other = -3 - contracted
-    added = Blocks.sharing(len(use.made), [len(use.made) + other])
+    added = Partition.sharing(len(use.made), [len(use.made) + other])
     seen = use.out.shift.join(added)
     if seen.free != added.free or seen.labels.numel() > 1 or not seen.is_complete():
         return use.scale(blocks)
-    return Blind(blocks, Blocks.sharing(len(use.shape), [len(use.shape) + other]), use.out.norms)
+    return Blind(blocks, Partition.sharing(len(use.shape), [len(use.shape) + other]), use.out.norms)
 
 
 def _softmax(use: Use) -> Blind:
     """A softmax does not see what is added to all that it normalizes."""
     rank = len(use.shape)
-    shift = Blocks.sharing(rank, [use.named["dim"] % rank])
-    return Blind(Blocks.none(rank), shift)
+    shift = Partition.sharing(rank, [use.named["dim"] % rank])
+    return Blind(Partition.none(rank), shift)
 
 
 def _key(use: Use) -> Blind:
     """Attention does not see what is added to all keys: q (k + t)^T, of which it takes softmax."""
     rank = len(use.shape)
-    return Blind(Blocks.none(rank), Blocks.sharing(rank, [rank - 2]))
+    return Blind(Partition.none(rank), Partition.sharing(rank, [rank - 2]))
 
 
 def _attended(use: Use) -> Blind:
@@ -431,13 +431,13 @@ def _embedded(use: Use) -> Blind:
     by_token = use.out.scale.free.issuperset(range(tokens))
     placed = use.out.scale.placed(2, {tokens: 1})
     rows = frozenset({0}) if by_token else frozenset()
-    return use.scale(Blocks(placed.labels, placed.free | rows))
+    return use.scale(Partition(placed.labels, placed.free | rows))
 
 
 # ---------------------------------------------------------------------------- convolutions
 
 
-def _conv(use: Use) -> tuple[int, int, Blocks]:
+def _conv(use: Use) -> tuple[int, int, Partition]:
     """(number of spatial dims, dim of the channels, blocks before the bias is added)."""
     spatial = len(g.shape(use.named["weight"]) or ()) - 2
     channel = len(use.made) - spatial - 1

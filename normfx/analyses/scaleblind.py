@@ -26,7 +26,7 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.analyses.blind import Blind, Use, uses
-from normfx.analyses.blocks import Blocks
+from normfx.analyses.partition import Partition
 from normfx.analyses.scale_laws import LAWS, SPLITS
 from normfx.laws import EXACT_DTYPES
 from normfx.ops import norm
@@ -53,7 +53,7 @@ def scale_blindness(graph: fx.Graph) -> dict[fx.Node, Blind]:
         for use in uses(node, found):
             blind = blind.join(_read(use))
         if blind.is_dead(shape):
-            blind = Blind(Blocks.each(rank), blind.shift, blind.norms)
+            blind = Blind(Partition.each(rank), blind.shift, blind.norms)
         found[node] = blind
     return found
 

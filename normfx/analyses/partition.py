@@ -1,4 +1,4 @@
-"""Blocks: a partition of the numbers of a tensor, and how it looks before an operator moved them.
+"""Partition: which numbers of a tensor belong together, and how that was before they were moved.
 
 A partition stands for the functions that are constant on each block (one factor for each, say) and
 neutral on the numbers that belong to none. The functions that two partitions both allow are those
@@ -28,7 +28,7 @@ MAX_LABELS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Blocks:
+class Partition:
     """A partition: two numbers are in one block if their labels and their free indices agree.
 
     Attributes:
@@ -40,18 +40,18 @@ class Blocks:
     free: frozenset[int] = frozenset()
 
     @classmethod
-    def none(cls, rank: int) -> Blocks:
+    def none(cls, rank: int) -> Partition:
         """No number is in a block."""
         return cls(torch.full([1] * rank, NONE, device="cpu"), frozenset(range(rank)))
 
     @classmethod
-    def sharing(cls, rank: int, dims: Iterable[int]) -> Blocks:
-        """Blocks that go on along some dims, for each index of the others."""
+    def sharing(cls, rank: int, dims: Iterable[int]) -> Partition:
+        """Partition that go on along some dims, for each index of the others."""
         labels = torch.zeros([1] * rank, dtype=torch.int64, device="cpu")
         return cls(labels, frozenset(range(rank)) - frozenset(dims))
 
     @classmethod
-    def each(cls, rank: int) -> Blocks:
+    def each(cls, rank: int) -> Partition:
         """Every number is a block."""
         return cls.sharing(rank, ())
 
@@ -74,7 +74,7 @@ class Blocks:
             return False
         return self.labels.unique().numel() == self.labels.numel()
 
-    def refines(self, other: Blocks, shape: Sequence[int]) -> bool:
+    def refines(self, other: Partition, shape: Sequence[int]) -> bool:
         """Whether every function that another partition allows on this shape is allowed here."""
         joined, given = self.join(other).labelled(shape), other.labelled(shape)
         same_none = torch.equal(*torch.broadcast_tensors(joined == NONE, given == NONE))
@@ -83,30 +83,32 @@ class Blocks:
     def _goes_on(self, dim: int, size: Any) -> bool:
         return dim not in self.free and self.labels.shape[dim] == 1 and not is_one(size)
 
-    def join(self, other: Blocks) -> Blocks:
+    def join(self, other: Partition) -> Partition:
         """The finest partition that is coarser than both."""
         free = self.free & other.free
         mine = self._labelled({d: other.labels.shape[d] for d in self.free - free})
         theirs = other._labelled({d: self.labels.shape[d] for d in other.free - free})
         sizes = torch.broadcast_shapes(mine.labels.shape, theirs.labels.shape)
         if _product(sizes) > MAX_LABELS:
-            return self._whole() if other.is_complete() else Blocks.none(self.rank)
+            return self._whole() if other.is_complete() else Partition.none(self.rank)
         labels = _tight(_joined(mine.labels.expand(sizes), theirs.labels.expand(sizes)))
-        return Blocks.none(self.rank) if bool((labels == NONE).all()) else Blocks(labels, free)
+        return (
+            Partition.none(self.rank) if bool((labels == NONE).all()) else Partition(labels, free)
+        )
 
-    def shared(self, dims: Iterable[int]) -> Blocks:
-        """Blocks that go on along some dims."""
-        return self.join(Blocks.sharing(self.rank, [d % self.rank for d in dims]))
+    def shared(self, dims: Iterable[int]) -> Partition:
+        """Partition that go on along some dims."""
+        return self.join(Partition.sharing(self.rank, [d % self.rank for d in dims]))
 
-    def _whole(self) -> Blocks:
+    def _whole(self) -> Partition:
         return self.shared(range(self.rank))
 
-    def without(self, labels: torch.Tensor) -> Blocks:
+    def without(self, labels: torch.Tensor) -> Partition:
         """Without the blocks that have these labels."""
         kept = torch.where(torch.isin(self.labels, labels), NONE, self.labels)
-        return Blocks(_tight(kept), self.free)
+        return Partition(_tight(kept), self.free)
 
-    def _labelled(self, sizes: Mapping[int, int]) -> Blocks:
+    def _labelled(self, sizes: Mapping[int, int]) -> Partition:
         """The same with labels in place of some free dims."""
         labels = self.labels
         for dim, size in sizes.items():
@@ -114,7 +116,7 @@ class Blocks:
                 [-1 if d == dim else 1 for d in range(self.rank)]
             )
             labels = torch.where(labels == NONE, NONE, labels * size + index)
-        return Blocks(labels, self.free - sizes.keys())
+        return Partition(labels, self.free - sizes.keys())
 
     def labelled(self, shape: Sequence[int]) -> torch.Tensor:
         """Labels from zero on for a tensor of this shape, of size one where they do not change."""
@@ -126,35 +128,35 @@ class Blocks:
 
     # ------------------------------------------------------------ before an operator moved them
 
-    def arranged(self, order: Sequence[int]) -> Blocks:
+    def arranged(self, order: Sequence[int]) -> Partition:
         """Before dims were put in this order."""
         labels = self.labels.permute([order.index(d) for d in range(self.rank)])
-        return Blocks(labels, frozenset(order[d] for d in self.free))
+        return Partition(labels, frozenset(order[d] for d in self.free))
 
-    def placed(self, rank: int, dims: Mapping[int, int]) -> Blocks:
+    def placed(self, rank: int, dims: Mapping[int, int]) -> Partition:
         """Of another tensor, which has some dims of this one elsewhere and shares all others."""
         labels = self.shared(set(range(self.rank)) - dims.keys()).labels
         labels = labels.permute([*dims, *(d for d in range(self.rank) if d not in dims)])
         labels = labels.reshape([*labels.shape[: len(dims)], *[1] * (rank - len(dims))])
         places = [*dims.values(), *(d for d in range(rank) if d not in dims.values())]
         labels = labels.permute([places.index(d) for d in range(rank)])
-        return Blocks(labels, frozenset(new for old, new in dims.items() if old in self.free))
+        return Partition(labels, frozenset(new for old, new in dims.items() if old in self.free))
 
-    def broadcast(self, before: Shape) -> Blocks:
+    def broadcast(self, before: Shape) -> Partition:
         """Before a tensor of another shape was broadcast to that of this one."""
         missing = self.rank - len(before)
         spread = [missing + d for d, size in enumerate(before) if is_one(size)]
         shared = self.shared([*range(missing), *spread])
         labels = shared.labels.reshape(shared.labels.shape[missing:])
-        return Blocks(labels, frozenset(d - missing for d in shared.free if d >= missing))
+        return Partition(labels, frozenset(d - missing for d in shared.free if d >= missing))
 
-    def viewed(self, shape: Shape, other: Shape) -> Blocks:
+    def viewed(self, shape: Shape, other: Shape) -> Partition:
         """Of the same numbers, viewed as another shape."""
         axes = Axes(shape)
         layout = axes.view(axes.whole, other, split=True)
         if layout is None:  # it cuts dims in a way that sizes do not tell
-            whole = Blocks.sharing(len(other), range(len(other)))
-            return whole if self.is_complete() else Blocks.none(len(other))
+            whole = Partition.sharing(len(other), range(len(other)))
+            return whole if self.is_complete() else Partition.none(len(other))
         free = {axis for d, dim in enumerate(axes.whole) for axis in dim if d in self.free}
         varying = {
             axis for d, dim in enumerate(axes.whole) for axis in dim if self.labels.shape[d] != 1
@@ -165,10 +167,10 @@ class Blocks:
         sizes = [axes.size([axis]) if axis in varying | mixed else 1 for axis in order]
         spelled = [axes.size([a]) for dim in layout if {*dim} & (varying | mixed) for a in dim]
         if not all(isinstance(size, int) for size in spelled) or _product(spelled) > MAX_LABELS:
-            whole = Blocks.sharing(len(other), range(len(other)))
-            return whole if self.is_complete() else Blocks.none(len(other))
+            whole = Partition.sharing(len(other), range(len(other)))
+            return whole if self.is_complete() else Partition.none(len(other))
         given = [axes.size([axis]) if axis in varying else 1 for axis in order]
-        labels = Blocks(self.labels.reshape(given), frozenset(range(len(order))))
+        labels = Partition(self.labels.reshape(given), frozenset(range(len(order))))
         labels = labels._labelled({i: sizes[i] for i, axis in enumerate(order) if axis in mixed})
         spread: list[int] = []
         after: list[int] = []
@@ -177,16 +179,16 @@ class Blocks:
             spread += [axes.size([axis]) if is_labelled else 1 for axis in dim]
             after.append(axes.size(dim) if is_labelled else 1)
         wide = labels.labels.expand(spread).reshape(after)
-        return Blocks(
+        return Partition(
             _tight(wide), frozenset(d for d, dim in enumerate(layout) if dim and free >= {*dim})
         )
 
-    def picked(self, dim: int, positions: Sequence[int], size: Any) -> Blocks:
+    def picked(self, dim: int, positions: Sequence[int], size: Any) -> Partition:
         """Before these positions of a dim of some size were picked; nobody reads the others."""
         if isinstance(size, int) and list(positions) == list(range(size)):
             return self
         if not positions:
-            return Blocks.each(self.rank)
+            return Partition.each(self.rank)
         if dim in self.free and self.is_complete():
             return self
         rest = self.labels.shape[:dim] + self.labels.shape[dim + 1 :]
@@ -198,27 +200,29 @@ class Blocks:
         labels = torch.arange(first, first + _product(shape), device="cpu").reshape(shape)
         given = [len(positions) if d == dim else n for d, n in enumerate(read.labels.shape)]
         index = torch.tensor(list(positions), dtype=torch.int64, device="cpu")
-        return Blocks(_tight(labels.index_copy(dim, index, read.labels.expand(given))), read.free)
+        return Partition(
+            _tight(labels.index_copy(dim, index, read.labels.expand(given))), read.free
+        )
 
-    def part(self, dim: int, start: int, size: int, total: int) -> Blocks:
+    def part(self, dim: int, start: int, size: int, total: int) -> Partition:
         """Of what lies along a dim from `start` on. A block that goes beyond it is none of it."""
         if dim in self.free or size == total:
             return self
         if self.labels.shape[dim] == 1:
-            return Blocks.none(self.rank)
+            return Partition.none(self.rank)
         inside = self.labels.narrow(dim, start, size)
         before = self.labels.narrow(dim, 0, start)
         after = self.labels.narrow(dim, start + size, total - start - size)
-        found = Blocks(_tight(inside), self.free)
+        found = Partition(_tight(inside), self.free)
         return found.without(torch.cat([before.flatten(), after.flatten()]))
 
-    def unsqueezed(self, dim: int) -> Blocks:
+    def unsqueezed(self, dim: int) -> Partition:
         """Of the tensor with one more dim, which blocks share."""
-        return Blocks(self.labels.unsqueeze(dim), frozenset(d + (d >= dim) for d in self.free))
+        return Partition(self.labels.unsqueeze(dim), frozenset(d + (d >= dim) for d in self.free))
 
-    def squeezed(self, dim: int) -> Blocks:
+    def squeezed(self, dim: int) -> Partition:
         """Of the tensor without a dim of size one."""
-        return Blocks(
+        return Partition(
             self.labels.narrow(dim, 0, 1).squeeze(dim),
             frozenset(d - (d > dim) for d in self.free if d != dim),
         )

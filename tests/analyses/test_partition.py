@@ -1,4 +1,4 @@
-"""Blocks: joins and moves against partitions that are spelled out number by number."""
+"""Partition: joins and moves against partitions that are spelled out number by number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normfx.analyses.blocks import MAX_LABELS, NONE, Blocks
+from normfx.analyses.partition import MAX_LABELS, NONE, Partition
 
 SHAPE = (2, 3, 4)
 
@@ -22,7 +22,7 @@ def partitions(draw, shape=SHAPE):
     sizes = [n if way == "labelled" else 1 for way, n in zip(ways, shape, strict=True)]
     labels = draw(st.lists(st.integers(NONE, 3), min_size=prod(sizes), max_size=prod(sizes)))
     free = frozenset(d for d, way in enumerate(ways) if way == "free")
-    return Blocks(torch.tensor(labels).reshape(sizes), free)
+    return Partition(torch.tensor(labels).reshape(sizes), free)
 
 
 def spelled(blocks, shape):
@@ -62,7 +62,7 @@ def test_join(a, b):
 @given(partitions())
 def test_labelled_numbers_the_blocks(a):
     labels = a.labelled(SHAPE)
-    assert spelled(Blocks(labels), SHAPE) == spelled(a, SHAPE)
+    assert spelled(Partition(labels), SHAPE) == spelled(a, SHAPE)
     assert int(labels.max()) + 1 == len(spelled(a, SHAPE))
 
 
@@ -78,8 +78,8 @@ def test_refines(a, b):
 def test_each_and_none(a):
     assert a.is_each(SHAPE) == (len(spelled(a, SHAPE)) == prod(SHAPE))
     assert a.is_none() == (not spelled(a, SHAPE))
-    assert spelled(a.join(Blocks.each(3)), SHAPE) == spelled(a, SHAPE)
-    assert a.join(Blocks.none(3)).is_none()
+    assert spelled(a.join(Partition.each(3)), SHAPE) == spelled(a, SHAPE)
+    assert a.join(Partition.none(3)).is_none()
 
 
 # The operator, the shape before it, and the blocks before it. Of each, the exact answer.
@@ -136,32 +136,34 @@ def pulled(operator, before, blocks):
 
 
 def test_part_of_a_cat():
-    blocks = Blocks(torch.tensor([0, 0, 1, 1, 2, 2]))
+    blocks = Partition(torch.tensor([0, 0, 1, 1, 2, 2]))
     assert spelled(blocks.part(0, 1, 3, 6), (3,)) == {frozenset([(1,), (2,)])}
-    assert Blocks.sharing(1, [0]).part(0, 0, 3, 6).is_none()
-    assert spelled(Blocks.each(1).part(0, 0, 3, 6), (3,)) == {frozenset([(i,)]) for i in range(3)}
-    assert spelled(Blocks.sharing(1, [0]).part(0, 0, 6, 6), (6,)) == spelled(
-        Blocks.sharing(1, [0]), (6,)
+    assert Partition.sharing(1, [0]).part(0, 0, 3, 6).is_none()
+    assert spelled(Partition.each(1).part(0, 0, 3, 6), (3,)) == {
+        frozenset([(i,)]) for i in range(3)
+    }
+    assert spelled(Partition.sharing(1, [0]).part(0, 0, 6, 6), (6,)) == spelled(
+        Partition.sharing(1, [0]), (6,)
     )
 
 
 def test_placed_elsewhere():
     """Of a weight (out, in), from the blocks of what it makes (batch, out)."""
-    assert spelled(Blocks.each(2).placed(2, {1: 0}), (3, 2)) == {
+    assert spelled(Partition.each(2).placed(2, {1: 0}), (3, 2)) == {
         frozenset([(i, 0), (i, 1)]) for i in range(3)
     }
-    assert spelled(Blocks.sharing(2, [1]).placed(2, {1: 0}), (3, 2)) == {
+    assert spelled(Partition.sharing(2, [1]).placed(2, {1: 0}), (3, 2)) == {
         frozenset(itertools.product(range(3), range(2)))
     }
 
 
 def test_too_many_labels_give_a_coarser_partition():
     size = 2 * MAX_LABELS
-    assert Blocks.each(2).viewed((2, size), (2 * size,)).is_each((2 * size,))
-    labelled = Blocks(torch.arange(2)[:, None])
+    assert Partition.each(2).viewed((2, size), (2 * size,)).is_each((2 * size,))
+    labelled = Partition(torch.arange(2)[:, None])
     whole = labelled.viewed((2, size), (2 * size,))
     assert whole.labels.shape == (1,)
     assert not whole.free
     assert not whole.is_none()
-    joined_labels = Blocks(torch.arange(2048)[:, None]).join(Blocks(torch.arange(1024)[None]))
+    joined_labels = Partition(torch.arange(2048)[:, None]).join(Partition(torch.arange(1024)[None]))
     assert joined_labels.labels.numel() == 1
