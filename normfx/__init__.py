@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from normfx.reports import Report as Report
     from normfx.reports import report as report
     from normfx.reports import reset as reset
+    from normfx.scale_invariance import Invariance as Invariance
+    from normfx.scale_invariance import ScaleInvariance as ScaleInvariance
+    from normfx.scale_invariance import scale_invariant_parameters as scale_invariant_parameters
 
 __version__ = "0.1.0"
 
@@ -38,14 +41,19 @@ _HOMES = {
     "Report": "reports",
     "report": "reports",
     "reset": "reports",
+    "Invariance": "scale_invariance",
+    "ScaleInvariance": "scale_invariance",
+    "scale_invariant_parameters": "scale_invariance",
 }
 
 __all__ = [
+    "Invariance",
     "NormfxError",
     "OptionError",
     "Options",
     "Refusal",
     "Report",
+    "ScaleInvariance",
     "Site",
     "StageError",
     "__version__",
@@ -53,6 +61,7 @@ __all__ = [
     "refold",
     "report",
     "reset",
+    "scale_invariant_parameters",
 ]
 
 

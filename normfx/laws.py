@@ -328,7 +328,7 @@ def _contraction(equation: str | Callable[[fx.Node], str | None]) -> Rule:
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def _einsum(node: fx.Node) -> str | None:
+def einsum_equation(node: fx.Node) -> str | None:
     """The equation of an einsum, with letters for an ellipsis that is the same for both."""
     text: Any = node.args[0]
     operands: Any = node.args[1]
@@ -535,7 +535,7 @@ PRODUCTS: dict[Any, Rule] = {
     aten.matmul: _contraction(_matmul),
     aten.inner: _contraction("i,i->"),
     aten.linalg_vecdot: _contraction(_vecdot),
-    aten.einsum: _contraction(_einsum),
+    aten.einsum: _contraction(einsum_equation),
 }
 # What a norm may begin with.
 STATISTICS: dict[Any, Rule] = {

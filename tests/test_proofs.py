@@ -421,3 +421,40 @@ def test_given_statistics_go_into_a_transposed_convolution_before_them():
             channel = group * outer + out
             folded = made(scaled, group, out) + s[channel] * c[channel] + t[channel]
             assert_zero(norm(made(weight, group, out) + c[channel], channel) - folded)
+
+
+POSITIVE = sp.Symbol("c", positive=True)
+
+
+def test_a_norm_without_eps_does_not_see_a_factor():
+    for norm in (layer_norm, rms_norm):
+        for a, b in zip(norm(X, 0), norm([POSITIVE * x for x in X], 0), strict=True):
+            assert_zero(a - b)
+
+
+def test_a_constant_beside_a_scaled_vector_is_dead_only_where_the_mean_is_subtracted():
+    """c x + b = c (x + b) + (1 - c) b, of which a LayerNorm over what shares b sees c (x + b) at most."""
+    b = sp.Symbol("b", real=True)
+    scaled = [POSITIVE * x + b for x in X]
+    for a, e in zip(layer_norm(scaled, 0), layer_norm([x + b for x in X], 0), strict=True):
+        assert_zero(a - e)
+    values = dict(zip(X, range(1, N + 1), strict=True)) | {POSITIVE: 2, b: 1}
+    seen = rms_norm(scaled, 0)[0] - rms_norm([x + b for x in X], 0)[0]
+    assert sp.simplify(seen.subs(values)) != 0
+
+
+def test_a_gradient_is_at_right_angles_to_what_the_scale_of_is_not_seen():
+    """<w, dL/dw> = 0, of a weight in front of a norm and through a power (Euler)."""
+    weights = sp.symbols("w0:2", real=True)
+    made = [weights[0] * X[i] + weights[1] * Y[i] for i in range(3)]
+    for power in (1, 2):
+        loss = rms_norm([m**power for m in made], 0)[0]
+        along = sum(w * sp.diff(loss, w) for w in weights)
+        assert_zero(along)
+
+
+def test_what_is_added_to_all_keys_is_not_seen_by_a_softmax():
+    scores = [sp.exp(X[0] * Y[i]) for i in range(3)]
+    moved = [sp.exp(X[0] * (Y[i] + X[1])) for i in range(3)]
+    for a, b in zip(scores, moved, strict=True):
+        assert_zero(a / sum(scores) - b / sum(moved))

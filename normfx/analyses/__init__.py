@@ -1,1 +1,1 @@
-"""Facts about the values of a graph that more than one rule asks for; unknown is pessimistic."""
+"""Analyses: what holds for each value of a captured graph, for rules and reports to ask."""
