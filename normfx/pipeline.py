@@ -1,6 +1,6 @@
 """Pipeline: the order of the stages. Data flows one way; a stage never reaches back.
 
-    capture -> recognise -> fold -> hoist -> lower
+    capture -> recognise -> rewrite -> fold -> hoist -> lower
 
 Each stage takes a graph that runs and leaves a graph that runs, and writes to the journal.
 """
@@ -20,10 +20,13 @@ from normfx import graph as g
 from normfx.capture import capture
 from normfx.errors import StageError
 from normfx.options import Options
+from normfx.passes.defer_scale import defer_scale
 from normfx.passes.fold import fold
 from normfx.passes.fold_back import fold_back
 from normfx.passes.hoist import Hoisted, hoist
+from normfx.passes.identity_norm import identity_norm
 from normfx.passes.lower import lower
+from normfx.passes.norm_of_norm import norm_of_norm
 from normfx.passes.recognise import recognise
 from normfx.record import Journal, Refusal
 from normfx.torch_internals import is_module_state
@@ -81,10 +84,15 @@ def rewrite(
         _bodies(captured, options, journal)
         recognise(captured, journal, grad=grad)
     watch("recognise", captured)
+    with _stage("rewrite", journal):
+        norm_of_norm(captured, options, grad=grad)
+        identity_norm(captured, options)
+    watch("rewrite", captured)
     with _stage("fold", journal):
         blocked = _blocked(grad, tracked, in_body)
         fold_back(captured, options, blocked=blocked)
         fold(captured, options, blocked=blocked)
+        defer_scale(captured, options, grad=grad)
     watch("fold", captured)
     hoisted = None
     with _stage("hoist", journal):

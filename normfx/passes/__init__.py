@@ -4,11 +4,14 @@ from __future__ import annotations
 
 # rule -> what it does, in the order the pipeline runs them
 RULES: dict[str, str] = {
+    "norm-of-norm": "a norm of the result of a norm into one",
+    "identity-norm": "a norm whose eps outweighs every statistic it can have into a scale",
     "fold-statistics-into-previous": (
         "a norm whose statistics are given into the linear operator or convolution before it"
     ),
     "fold-affine-into-linear": (
         "a norm's weight and bias into the linear operators and convolutions after it"
     ),
+    "defer-scale": "the division by a root to the other side of the linear operators after it",
     "hoist": "computations that read only parameters run once, outside of the graph",
 }

@@ -132,7 +132,7 @@ def _check(
                 return Refused(Refusal.MUTATED, user)
             pending += [(user, moved, next_user) for next_user in user.users]
             continue
-        reader = _reader(source, user, channels, constant, shifted=shifted)
+        reader = reader_of(source, user, channels, constant, shifted=shifted)
         if isinstance(reader, Refused):
             return reader
         if user in readers:  # of two parts of its input, or twice of one
@@ -157,7 +157,7 @@ def _is_number(operand: fx.Node) -> bool:
     return all(is_one(size) for size in g.shape(operand) or ())
 
 
-def _reader(
+def reader_of(
     source: fx.Node, user: fx.Node, channels: Channels, constant: set[fx.Node], *, shifted: bool
 ) -> Reader | Refused:
     packet = g.packet(user)
