@@ -6,12 +6,12 @@ for norms that neither subtract a mean nor have an affine part (RMSNorm after th
 normalized activation is never written: what remains of the norm is a reduction, and r joins the
 first elementwise operator after each product.
 
-It holds in the range of the dtype: |x| is not divided before it is summed. A row whose squares
+It holds in the range of the dtype: x is not divided before it is summed. A row whose squares
 overflow has r = 0 and gives c, as in eager, until x W^T overflows too. The LayerNorm form,
-(x W^T - mean * W 1) r + c, takes off after the product what eager takes off before: its error grows
-with |mean| / sigma (measured on a width of 768: 57 times eager's at 100, 5000 times at 10000), so a
-norm that is centred is left alone. In bfloat16 a bias would be added to a rounded product, which
-may be much larger than the sum.
+(x W^T - mean * W 1) r + c, takes off after the product what eager takes off before. Measured on 768
+channels, its error is 4 to 6 times eager's in float32 where the mean is 10 to 10000 deviations, and
+67 times in bfloat16 at 100: a norm that is centred is left alone. In bfloat16 a bias would be added
+to a product that is rounded already, and may be much larger than the sum.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _pays(node: fx.Node, width: int, readers: list[Reader]) -> bool:
 
 def _is_in_memory(x: Any) -> bool:
     """Whether a value is written whatever becomes of one reader: Inductor fuses others into it."""
-    while g.packet(x) in VIEWS and len(x.users) == 1:
+    while len(x.users) == 1 and _moves(x):
         x = x.args[0]
     return x.op != "call_function" or len(x.users) > 1 or g.packet(x) in _EXTERN
 

@@ -11,6 +11,9 @@ as its mean square, so an RMSNorm of a LayerNorm is a LayerNorm.
 
 Two norms that both subtract a mean stay: the second takes off what rounding left of the mean in the
 first, which on rows with a large mean is most of the error of one alone.
+
+The rounding between the two goes. So it must be no coarser than that of the result, which has it
+still. A row with an infinite element, or whose squares overflow, need not be NaN as a whole.
 """
 
 from __future__ import annotations
@@ -114,7 +117,10 @@ def _check(
     centred = a.statistic == "variance"
     if (b.statistic == "variance" or a.centre) != centred:
         return Refused(Refusal.NOT_COMBINED, node)
-    if not _fits(first, [g.dtype(inner) for inner in chain]):
+    between = [a.norm_dtype, *(g.dtype(inner) or a.out_dtype for inner in chain)]
+    if any(torch.finfo(d).eps > torch.finfo(b.out_dtype).eps for d in between):
+        return Refused(Refusal.NOT_COMBINED, first)  # rounding that the result would show
+    if not _fits(first, between):
         return Refused(Refusal.RANGE, first)
     return _combined(a, b, count(first)) or Refused(Refusal.NOT_COMBINED, node)
 
@@ -128,10 +134,10 @@ def _places(spec: NormSpec) -> tuple[Any, ...]:
     return spec.dims, spec.groups, spec.group_dim if spec.groups else None
 
 
-def _fits(first: fx.Node, dtypes: list[torch.dtype | None]) -> bool:
+def _fits(first: fx.Node, dtypes: list[torch.dtype]) -> bool:
     """Whether the first result is in the range of what it is rounded to: beyond, it is infinite."""
     spec: Any = first.kwargs["spec"]
-    largest = min(torch.finfo(d).max for d in (spec.norm_dtype, *dtypes) if d is not None)
+    largest = min(torch.finfo(d).max for d in dtypes)
     if largest > 1e30 and abs(spec.scale) < 1e9:
         return True  # n is less than 2 ** 63, so a number is less than 2 ** 32 times the scale
     limit = bound(first)
