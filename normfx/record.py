@@ -158,7 +158,7 @@ REFUSALS: dict[Refusal, Explanation] = {
         "Nothing to do; both norms stay.",
     ),
     Refusal.NOT_COMBINED: Explanation(
-        "Two norms are no single one: by their statistics, their eps, or the rounding between them.",
+        "Two norms are no single one, by their statistics, eps, or the rounding between them.",
         "Nothing to do; both norms stay.",
     ),
     Refusal.UNBOUNDED: Explanation(

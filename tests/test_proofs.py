@@ -453,7 +453,7 @@ def test_a_norm_of_a_norm_is_one_norm(place):
         assert sp.simplify(both**2 / one**2) == 1
         return
     # all branches of the maxima, and both sides of each
-    numbers = [sp.Rational(1, 3), sp.Rational(2), sp.Rational(5)]
+    numbers = [sp.Rational(1, 3), sp.Integer(5)]
     for at in itertools.product(numbers, repeat=5):
         given = dict(zip((a, p, q, e1, e2), at, strict=True)) | {b: 7}
         for size in (sp.Rational(1, 100), sp.Rational(1, 2), sp.Integer(3), sp.Integer(900)):

@@ -108,7 +108,7 @@ def test_json():
     assert graph["fallback"] == ""
     assert graph["hoisted_tensors"] == 2
     assert graph["hoisted_bytes"] == 4 * (8 * 8 + 8)
-    assert set(graph["stage_ms"]) == {"capture", "recognise", "fold", "hoist", "lower"}
+    assert set(graph["stage_ms"]) == {"capture", "recognise", "rewrite", "fold", "hoist", "lower"}
     assert [site["kind"] for site in graph["sites"]] == [site.kind for site in report.sites]
     assert graph["sites"][0]["actions"] == ["fold-affine-into-linear"]
     assert graph["near_misses"][0]["code"] == "broadcast-axis-differs"

@@ -78,7 +78,9 @@ def multiple(spec: NormSpec, n: int | None) -> float | None:
         return None
     if spec.statistic == "sum-square":
         return float(n)
-    return n / (n - spec.correction) if spec.statistic == "variance" and n > spec.correction else None
+    return (
+        n / (n - spec.correction) if spec.statistic == "variance" and n > spec.correction else None
+    )
 
 
 def _of_norm(node: fx.Node) -> float | None:

@@ -1,10 +1,11 @@
 """Identity norm: a norm whose eps outweighs every statistic that it can have is a scale.
 
-    x / sqrt(S + eps)  =  x / sqrt(eps) * (1 + S / eps)^(-1/2),     1 - S / (2 eps) <= the last factor
+    1 / sqrt(S + eps)  =  (1 + S / eps)^(-1/2) / sqrt(eps)  >=  (1 - S / (2 eps)) / sqrt(eps)
 
-Where |x| <= B by construction, S is at most B^2 (n B^2 for a sum). If that over eps is below half of
-what the dtype of the statistic can tell from one, then the norm is x / sqrt(eps), and so is its
-gradient. Under a floor the two are equal as soon as S is below it.
+Where |x| <= B by construction, S is at most B^2 (n B^2 for a sum). If that over eps is below half
+of what the dtype of the statistic can tell from one, then the norm is x / sqrt(eps), and so is its
+gradient: the term of S is at most B^2 / eps times the largest number that comes from above. Under a
+floor the two are equal as soon as S is below it.
 
 Checkpoints whose norms were trained away are stored so, with an eps of 1e6 or more; but their x is
 a residual stream, which no bound is known of. Such a norm stays. So does a LayerNorm: without its
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfx import graph as g
 from normfx.analyses.bounds import bound, count, multiple
 from normfx.ops import NormSpec, norm
 from normfx.options import Options
@@ -82,7 +82,7 @@ def _check(node: fx.Node, options: Options) -> NormSpec | Refused:
 
 
 def _is_without_effect(spec: NormSpec, largest: float) -> bool:
-    """Whether a root with a statistic up to this size is the root of eps, as far as rounding goes."""
+    """Whether a root with a statistic up to this size is that of eps, as far as rounding goes."""
     eps, visible = spec.eps, torch.finfo(spec.stats_dtype).eps
     assert eps is not None
     largest *= 1 + 2**-6  # what rounding to bfloat16 and back adds to a bound and its square

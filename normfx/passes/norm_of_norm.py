@@ -81,9 +81,12 @@ def _before(node: fx.Node) -> list[fx.Node] | None:
     while g.packet(source) in _CASTS and g.dtype(source) in EXACT_DTYPES:
         chain.append(source)
         source = source.args[0]
-    both = node, source
-    looked_at = all(g.is_call(n, norm) and n.kwargs["spec"].statistic in _STATISTICS for n in both)
+    looked_at = _of_itself(node) and _of_itself(source)
     return [*chain, source] if looked_at else None
+
+
+def _of_itself(node: Any) -> bool:
+    return g.is_call(node, norm) and node.kwargs["spec"].statistic in _STATISTICS
 
 
 def _check(

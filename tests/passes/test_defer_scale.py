@@ -54,9 +54,9 @@ DEFERS = {
         x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + m.vector.square().sum())
     ),
     "shared-weight": lambda m, y, x: m.small(y) + m.small(x),
-    "shared-statistic": lambda m, y, x: (
-        lambda s: (m.small(x * torch.rsqrt(s + 0.5)), s.mean())
-    )(x.pow(2).mean(-1, keepdim=True)),
+    "shared-statistic": lambda m, y, x: (lambda s: (m.small(x * torch.rsqrt(s + 0.5)), s.mean()))(
+        x.pow(2).mean(-1, keepdim=True)
+    ),
 }
 
 

@@ -46,9 +46,9 @@ SCALES = {
     "floor-inside": lambda m, x: (
         lambda u: u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True).clamp(min=4.5))
     )(x.clamp(-2, 2)),
-    "groups": lambda m, x: (
-        lambda u: u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + 1e9)
-    )(x.tanh().unflatten(-1, (8, 8))).flatten(-2),
+    "groups": lambda m, x: (lambda u: u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + 1e9))(
+        x.tanh().unflatten(-1, (8, 8))
+    ).flatten(-2),
     "read-by-a-linear": lambda m, x: m.out(m.norm(x.tanh())),
     "between-linears": lambda m, x: m.out(m.norm(m.into(x).tanh())),
 }

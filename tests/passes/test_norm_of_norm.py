@@ -153,9 +153,7 @@ def test_three_in_a_row_are_one():
 
 
 def test_the_weight_that_stays_folds():
-    assert_agrees(
-        roughened(Calls(lambda m, x: m.out(m.norm(layer(x))))), torch.randn(64, 6, WIDTH)
-    )
+    assert_agrees(roughened(Calls(lambda m, x: m.out(m.norm(layer(x))))), torch.randn(64, 6, WIDTH))
     last = normfx.report().sites[-1]
     assert last.actions == [RULE, "fold-affine-into-linear"]
 
