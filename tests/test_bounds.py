@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from normfx.analyses.bounds import bound
+from normfx.analyses.bounds import Bounds
 from normfx.options import Options
 from normfx.pipeline import rewrite
 from normfx.record import Journal
@@ -23,7 +23,7 @@ def bound_of(function: Any, *inputs: torch.Tensor, dynamic: bool = False) -> flo
         def observe(stage: str, module: fx.GraphModule) -> None:
             if stage == "recognise":
                 (result,) = module.graph.output_node().all_input_nodes
-                found.append(bound(result))
+                found.append(Bounds(module.graph).of(result))
 
         rewrite(gm, Options(), Journal(), observe=observe)
         return gm
@@ -118,3 +118,12 @@ def test_a_long_way_is_not_bounded():
         return x
 
     assert bound_of(deep, torch.randn(4, 8)) is None
+
+
+def test_what_is_written_to_is_not_bounded():
+    def written(x):
+        u = x.tanh()
+        u[0].mul_(1e6)
+        return u * 1.0
+
+    assert bound_of(written, torch.randn(4, 8)) is None

@@ -26,34 +26,43 @@ aten = torch.ops.aten
 # Operators on the way from a value to what bounds it: a longer way is taken for unbounded.
 _MAX_DEPTH = 32
 
-Law: TypeAlias = Callable[[fx.Node, int], "float | None"]
+Law: TypeAlias = "Callable[[Bounds, fx.Node, int], float | None]"
 
 
-def bound(node: Any, depth: int = _MAX_DEPTH) -> float | None:
-    """The largest absolute value that a node's numbers can have, or None.
+class Bounds:
+    """The bounds of a graph's values. What is written to in place has none.
 
     Args:
-        node: a node, or a number.
-        depth: how many more operators to look through.
+        graph: with canonical nodes.
     """
-    if isinstance(node, (int, float)):
-        return abs(float(node)) if math.isfinite(node) else None
-    held = g.tensor(node)
-    if held is None or held.dtype not in EXACT_DTYPES or not depth:
-        return None
-    made = _of_call(node, depth - 1)
-    # beyond its dtype a number is infinite
-    return made if made is not None and 2 * made < torch.finfo(held.dtype).max else None
 
+    def __init__(self, graph: fx.Graph) -> None:
+        self.written = g.written_storages(graph)
 
-def _of_call(node: fx.Node, depth: int) -> float | None:
-    if g.is_call(node, norm):
-        return _of_norm(node)
-    if g.is_call(node, operator.getitem):
-        split: Any = node.args[0]
-        return bound(split.args[0], depth) if g.packet(split) in _SPLITS else None
-    law = _LAWS.get(g.packet(node))
-    return None if law is None else law(node, depth)
+    def of(self, node: Any, depth: int = _MAX_DEPTH) -> float | None:
+        """The largest absolute value that a node's numbers can have, or None.
+
+        Args:
+            node: a node, or a number.
+            depth: how many more operators to look through.
+        """
+        if isinstance(node, (int, float)):
+            return abs(float(node)) if math.isfinite(node) else None
+        held = g.tensor(node)
+        if held is None or held.dtype not in EXACT_DTYPES or not depth:
+            return None
+        made = None if g.storage(node) in self.written else self._of_call(node, depth - 1)
+        # beyond its dtype a number is infinite
+        return made if made is not None and 2 * made < torch.finfo(held.dtype).max else None
+
+    def _of_call(self, node: fx.Node, depth: int) -> float | None:
+        if g.is_call(node, norm):
+            return of_norm(node)
+        if g.is_call(node, operator.getitem):
+            split: Any = node.args[0]
+            return self.of(split.args[0], depth) if g.packet(split) in _SPLITS else None
+        law = _LAWS.get(g.packet(node))
+        return None if law is None else law(self, node, depth)
 
 
 def count(node: fx.Node) -> int | None:
@@ -83,8 +92,8 @@ def multiple(spec: NormSpec, n: int | None) -> float | None:
     )
 
 
-def _of_norm(node: fx.Node) -> float | None:
-    """Of n numbers with a mean square of at most one, each is at most sqrt(n)."""
+def of_norm(node: fx.Node) -> float | None:
+    """The bound of a norm: each of n numbers with a mean square of one is at most sqrt(n)."""
     spec: Any = node.kwargs["spec"]
     alone = all(operand is None for operand in node.args[1:])
     of_itself = spec.centre == (spec.statistic == "variance")  # or its mean square is unbounded
@@ -98,18 +107,18 @@ def _of_norm(node: fx.Node) -> float | None:
 
 
 def _at_most(number: float) -> Law:
-    return lambda node, depth: number
+    return lambda bounds, node, depth: number
 
 
-def _no_larger(node: fx.Node, depth: int) -> float | None:
-    return bound(node.args[0], depth)
+def _no_larger(bounds: Bounds, node: fx.Node, depth: int) -> float | None:
+    return bounds.of(node.args[0], depth)
 
 
-def _dropout(node: fx.Node, depth: int) -> float | None:
-    return None if node.args[2] else bound(node.args[0], depth)
+def _dropout(bounds: Bounds, node: fx.Node, depth: int) -> float | None:
+    return None if node.args[2] else bounds.of(node.args[0], depth)
 
 
-def _clamp(node: fx.Node, depth: int) -> float | None:
+def _clamp(bounds: Bounds, node: fx.Node, depth: int) -> float | None:
     named = g.arguments(node)
     ends = [named[name] for name in ("min", "max", "min_val", "max_val") if name in named]
     if not all(isinstance(end, (int, float)) and math.isfinite(end) for end in ends):
@@ -117,24 +126,25 @@ def _clamp(node: fx.Node, depth: int) -> float | None:
     return max(abs(float(end)) for end in ends)
 
 
-def _largest(node: fx.Node, depth: int) -> float | None:
+def _largest(bounds: Bounds, node: fx.Node, depth: int) -> float | None:
     terms: Any = node.args[0]
-    return _over([bound(term, depth) for term in terms], max)
+    return _over([bounds.of(term, depth) for term in terms], max)
 
 
-def _sum(node: fx.Node, depth: int) -> float | None:
-    alpha = bound(g.arguments(node).get("alpha", 1), depth)
-    a, b = (bound(term, depth) for term in node.args[:2])
-    return None if a is None or b is None or alpha is None else a + alpha * b
+def _sum(bounds: Bounds, node: fx.Node, depth: int) -> float | None:
+    named = g.arguments(node)
+    terms = [bounds.of(named[name], depth) for name in ("self", "other", "alpha")]
+    return _over(terms, lambda given: given[0] + given[1] * given[2])
 
 
-def _product(node: fx.Node, depth: int) -> float | None:
-    return _over([bound(factor, depth) for factor in node.args[:2]], math.prod)
+def _product(bounds: Bounds, node: fx.Node, depth: int) -> float | None:
+    named = g.arguments(node)
+    return _over([bounds.of(named[name], depth) for name in ("self", "other")], math.prod)
 
 
-def _over(bounds: list[float | None], what: Callable[[list[float]], float]) -> float | None:
-    known = [b for b in bounds if b is not None]
-    return what(known) if known and len(known) == len(bounds) else None
+def _over(found: list[float | None], what: Callable[[list[float]], float]) -> float | None:
+    known = [b for b in found if b is not None]
+    return what(known) if known and len(known) == len(found) else None
 
 
 _SPLITS = frozenset({aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.tensor_split})

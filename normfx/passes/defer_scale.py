@@ -36,11 +36,25 @@ aten = torch.ops.aten
 
 RULE = "defer-scale"
 
-_PRODUCTS = frozenset({aten.linear, aten.mm, aten.matmul, aten.addmm})
+_PRODUCTS = frozenset(
+    {aten.linear.default, aten.mm.default, aten.matmul.default, aten.addmm.default}
+)
 # What makes a tensor in memory, as Inductor calls a library for it.
-_EXTERN = _PRODUCTS | {aten.bmm, aten.baddbmm, aten.conv1d, aten.conv2d, aten.conv3d}
+_EXTERN = frozenset(
+    {
+        aten.linear,
+        aten.mm,
+        aten.matmul,
+        aten.addmm,
+        aten.bmm,
+        aten.baddbmm,
+        aten.conv1d,
+        aten.conv2d,
+        aten.conv3d,
+    }
+)
 # Elementwise, but Inductor adds the other operand in the product itself.
-_ADDED = frozenset({aten.add, aten.sub})
+_ADDED = frozenset({aten.add, aten.add_, aten.sub, aten.sub_})
 _PARTS = frozenset({aten.slice, aten.select, aten.narrow, aten.split, aten.chunk, aten.unbind})
 
 
@@ -64,7 +78,7 @@ def defer_scale(gm: fx.GraphModule, options: Options, *, grad: bool) -> None:
     for node in list(gm.graph.find_nodes(op="call_function", target=norm)):
         if not _is_row_scale(node) or node.args[0] in constant:
             continue
-        if not any(g.packet(user) in _PRODUCTS for user in node.users):
+        if not any(g.is_call(user, *_PRODUCTS) for user in node.users):
             continue
         plan = _check(node, constant, written, options, grad=grad)
         if isinstance(plan, Refused):
@@ -104,8 +118,8 @@ def _check(
         return Refused(Refusal.MUTATED, node)
     shape: Any = g.shape(x)
     width = plain(shape[-1])
-    if not isinstance(width, int) or g.dtype(x) != g.dtype(node):
-        return Refused(Refusal.NOT_WORTH, node)  # a cast of x would be written in its place
+    if not isinstance(width, int) or not _is_laid_out_like(node, x):
+        return Refused(Refusal.NOT_WORTH, node)  # a copy of x would be written in its place
     channels = Channels.along(len(shape), len(shape) - 1, width)
     readers = []
     for user in node.users:
@@ -116,13 +130,20 @@ def _check(
     return readers if _pays(node, width, readers) else Refused(Refusal.NOT_WORTH, node)
 
 
+def _is_laid_out_like(node: fx.Node, x: fx.Node) -> bool:
+    given, made = g.tensor(x), g.tensor(node)
+    if given is None or made is None or given.dtype != made.dtype:
+        return False
+    return str(given.stride()) == str(made.stride())
+
+
 def _reader(
     node: fx.Node, user: fx.Node, channels: Channels, constant: set[fx.Node]
 ) -> Reader | Refused:
     """The operator that contracts the rows, if its product may be scaled in place of them."""
     if user.op == "output":
         return Refused(Refusal.EXTRA_USER, user)
-    if g.packet(user) not in _PRODUCTS:
+    if not g.is_call(user, *_PRODUCTS):
         return Refused(Refusal.NOT_LINEAR, user)
     reader = reader_of(node, user, channels, constant, shifted=False)
     if isinstance(reader, Refused):

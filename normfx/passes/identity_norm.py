@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfx.analyses.bounds import bound, count, multiple
+from normfx.analyses.bounds import Bounds, count, multiple
 from normfx.ops import NormSpec, norm
 from normfx.options import Options
 from normfx.passes.verdict import Refused, change, refuse
@@ -44,13 +44,14 @@ def identity_norm(gm: fx.GraphModule, options: Options) -> None:
     Refuses:
         rule-off, input-unbounded.
     """
+    bounds = Bounds(gm.graph)
     for node in gm.graph.find_nodes(op="call_function", target=norm):
         spec: Any = node.kwargs["spec"]
         if spec.statistic not in ("mean-square", "sum-square", "variance") or spec.centre:
             continue
         if spec.eps is None or not _LARGE <= spec.eps < math.inf:
             continue
-        plan = _check(node, options)
+        plan = _check(bounds, node, options)
         if isinstance(plan, Refused):
             refuse(node, "rewrite", RULE, plan)
         else:
@@ -58,12 +59,12 @@ def identity_norm(gm: fx.GraphModule, options: Options) -> None:
             change(node, "rewrite", RULE, f"a scale of {plan.scale:g}")
 
 
-def _check(node: fx.Node, options: Options) -> NormSpec | Refused:
+def _check(bounds: Bounds, node: fx.Node, options: Options) -> NormSpec | Refused:
     spec: Any = node.kwargs["spec"]
     if not options.allows(RULE):
         return Refused(Refusal.RULE_OFF, node)
     source: Any = node.args[0]
-    limit, times = bound(source), multiple(spec, count(node))
+    limit, times = bounds.of(source), multiple(spec, count(node))
     given = any(operand is not None for operand in node.args[3:])  # another statistic, or a gate
     if limit is None or times is None or given:
         return Refused(Refusal.UNBOUNDED, source)

@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from normfx import graph as g
-from normfx.analyses.bounds import bound, count, multiple
+from normfx.analyses.bounds import count, multiple, of_norm
 from normfx.laws import EXACT_DTYPES
 from normfx.naming import name_of
 from normfx.ops import NormSpec, norm
@@ -143,7 +143,7 @@ def _fits(first: fx.Node, dtypes: list[torch.dtype]) -> bool:
     largest = min(torch.finfo(d).max for d in dtypes)
     if largest > 1e30 and abs(spec.scale) < 1e9:
         return True  # n is less than 2 ** 63, so a number is less than 2 ** 32 times the scale
-    limit = bound(first)
+    limit = of_norm(first)
     return limit is not None and 2 * limit < largest
 
 

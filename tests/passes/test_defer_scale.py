@@ -152,6 +152,10 @@ STAY = {
         ),
         "not-worth-it",
     ),
+    "another-layout": (
+        lambda m, y, x: m.small(F.rms_norm(x.transpose(0, 1), (WIDTH,), eps=0.5)).view(96, 4),
+        "not-worth-it",
+    ),
     "returned": (
         lambda m, y, x: (lambda u: (m.small(u), u))(F.rms_norm(x, (WIDTH,), eps=0.5)),
         "extra-user",

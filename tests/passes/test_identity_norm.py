@@ -122,6 +122,16 @@ def test_is_not_looked_at(case):
     assert all(r.rule != RULE for site in normfx.report().sites for r in site.records)
 
 
+def test_a_value_that_is_written_to_stays():
+    def written(m, x):
+        u = x.tanh()
+        u[0].mul_(1e6)
+        return m.norm(u)
+
+    assert_agrees(Calls(written), torch.randn(4, 6, WIDTH))
+    assert all(RULE not in site.actions for site in normfx.report().sites)
+
+
 def test_rule_off():
     with torch.no_grad():
         texts, journal = stages_of(Calls(SCALES["tanh"]), torch.randn(4, WIDTH), rules=["hoist"])
