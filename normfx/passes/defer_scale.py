@@ -161,21 +161,23 @@ def _reader(
 
 
 def _pays(node: fx.Node, width: int, readers: list[Reader]) -> bool:
-    """Whether less memory is read and written, by the bytes of one row.
+    """Whether less memory is read and written, by the bytes of one row, and in no more kernels.
 
-    Saved is the write of the normalized row, if x is in memory anyway. Each product that no
-    elementwise operator reads is read and written once more. And r is written, and read by each.
+    Saved is the write of the normalized row, if x is in memory anyway. A product that no
+    elementwise operator reads is read and written once more, in the kernel that takes the statistic
+    now: with two such, there is a kernel more. And r is written, and read by each.
     """
     spec: Any = node.kwargs["spec"]
-    if not _is_in_memory(node.args[0]):
+    apart = [reader.node for reader in readers if not _is_read_elementwise(reader.node)]
+    if not _is_in_memory(node.args[0]) or len(apart) > 1:
         return False
     row = (1 + len(readers)) * spec.stats_dtype.itemsize
-    for reader in readers:
-        made: Any = g.tensor(reader.node)
+    for product in apart:
+        made: Any = g.tensor(product)
         outputs = plain(made.shape[-1])
         if not isinstance(outputs, int):
             return False
-        row += 0 if _is_read_elementwise(reader.node) else 2 * outputs * made.dtype.itemsize
+        row += 2 * outputs * made.dtype.itemsize
     return row < width * spec.out_dtype.itemsize
 
 

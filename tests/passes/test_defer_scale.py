@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
-from assertions import assert_agrees
+from assertions import assert_agrees, assert_within_contract
 from expecttest import assert_expected_inline
 from graph_text import stages_of
 from models import roughened
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import normfx
 
@@ -43,7 +46,7 @@ DEFERS = {
     "one-row": lambda m, y, x: m.small(F.rms_norm(x[0, 0], (WIDTH,), eps=0.5)) + y.sum(),
     "activation": lambda m, y, x: F.gelu(m.up(y)),
     "gated": lambda m, y, x: x + m.down(F.silu(m.gate(y)) * m.up(y)),
-    "several": lambda m, y, x: (m.small(y), F.relu(m.up(y)), y @ m.matrix),
+    "several": lambda m, y, x: (m.small(y), F.relu(m.up(y)), (y @ m.matrix).exp()),
     "in-halves": lambda m, y, x: (lambda a, b: a * b.sigmoid())(*m.up(y).chunk(2, -1)),
     "heads": lambda m, y, x: m.up(y).unflatten(-1, (4, 24)).transpose(1, 2) * 2.0,
     "another-norm": lambda m, y, x: F.rms_norm(m.up(y).unflatten(-1, (4, 24)), (24,)),
@@ -141,6 +144,7 @@ STAY = {
         "reader-not-linear",
     ),
     "added": (lambda m, y, x: torch.ones_like(m.up(y)) + m.up(y), "not-worth-it"),
+    "two-heads": (lambda m, y, x: (m.small(y), y @ m.matrix), "not-worth-it"),
     "softmax": (lambda m, y, x: m.up(y).softmax(-1), "not-worth-it"),
     "fused-input": (
         lambda m, y, x: m.small(F.rms_norm(x.tanh(), (WIDTH,), eps=0.5)) + y.sum(),
@@ -261,3 +265,38 @@ def test_one_operator_of_both_operands_stays():
 
     assert_agrees(Reads(read), torch.randn(6, WIDTH))
     assert not deferred()
+
+
+def test_the_layer_norm_form_cancels():
+    """Why a norm that subtracts a mean is left alone: (x W^T - mean W 1) r on rows with a large mean."""
+    x, weight = 1e3 + torch.randn(64, 768), torch.randn(32, 768)
+
+    def late(x, weight):
+        r = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + 1e-5)
+        return (x @ weight.T - x.mean(-1, keepdim=True) * weight.sum(1)) * r
+
+    def early(x, weight):
+        return F.layer_norm(x, (768,)) @ weight.T
+
+    exact = early(x.double(), weight.double())
+    with pytest.raises(AssertionError, match="error"):
+        assert_within_contract(late(x, weight), early(x, weight), exact)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("case", ["gated", "few-outputs", "several"])
+def test_inductor_generates_no_more_kernels(case):
+    def kernels(rules):
+        torch._dynamo.reset()
+        model = torch.compile(
+            roughened(Reads(DEFERS[case])),
+            backend="normfx",
+            options={"strict": True, "rules": rules},
+        )
+        with torch.no_grad():
+            _, (code,) = run_and_get_code(model, torch.randn(16, WIDTH))
+        return len(re.findall(r"^ +cpp_fused\w*\(", code, re.MULTILINE))
+
+    both = ["fold-affine-into-linear", "hoist"]
+    assert 0 < kernels([*both, RULE]) <= kernels(both)
+    assert deferred()

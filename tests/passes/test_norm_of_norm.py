@@ -8,14 +8,19 @@ import torch.nn.functional as F
 from assertions import assert_agrees, assert_within_contract
 from expecttest import assert_expected_inline
 from graph_text import stages_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import roughened
-from torch import nn
+from torch import fx, nn
 
 import normfx
+from normfx.ops import NormSpec, norm
 from normfx.options import Options
-from normfx.record import Journal
+from normfx.passes.norm_of_norm import norm_of_norm
+from normfx.record import Site
 
 RULE = "norm-of-norm"
+F64 = torch.float64
 WIDTH = 64
 
 
@@ -292,9 +297,63 @@ def test_a_second_layer_norm_takes_off_what_the_first_left():
         assert_within_contract(rounded, eager, exact)
 
 
-def test_the_stage_runs_without_norms():
-    from normfx.passes.norm_of_norm import norm_of_norm
+# -- any two ------------------------------------------------------------------------------------
 
-    gm = torch.fx.symbolic_trace(nn.ReLU())
-    norm_of_norm(gm, Options(), grad=False)
-    assert Journal().sites == []
+STATISTICS = {
+    "layer": {"statistic": "variance"},
+    "unbiased": {"statistic": "variance", "correction": 1},
+    "simple": {"statistic": "variance", "centre": False},
+    "rms": {"statistic": "mean-square", "centre": False},
+    "sum": {"statistic": "sum-square", "centre": False},
+    "centred": {"statistic": "mean-square", "centre": True},
+}
+
+
+@st.composite
+def pairs(draw):
+    """Two norms, mostly over the same dims and with eps at the same place."""
+    places = ["inside", "outside", "floor", "floor-inside"]
+    place, dims = draw(st.sampled_from(places)), draw(st.sampled_from([(1,), (0, 1)]))
+    other = draw(st.integers(0, 7)) == 0
+    return [
+        NormSpec(
+            "norm",
+            dims=draw(st.sampled_from([(0,), (1,)])) if other else dims,
+            eps_place=draw(st.sampled_from(places)) if other else place,
+            eps=draw(st.sampled_from([1e-12, 1e-5, 0.3, 2.0])),
+            scale=draw(st.sampled_from([1.0, -2.0, 0.3])),
+            **STATISTICS[draw(st.sampled_from(sorted(STATISTICS)))],
+        )
+        for _ in range(2)
+    ]
+
+
+def two(a, b, shape):
+    """A graph with two norms, as recognition leaves it."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(norm, (x, *[None] * 6), {"spec": a, "rank": 2})
+    second = graph.call_function(norm, (first, *[None] * 6), {"spec": b, "rank": 2})
+    graph.output(second)
+    for node in (x, first, second):
+        node.meta["val"] = torch.empty(shape)
+        node.meta["normfx_site"] = Site("", "", (), None, "", "")
+    return fx.GraphModule(nn.Module(), graph)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pairs(), st.sampled_from([1e-7, 1e-2, 1.0, 1e3]), st.integers(0, 9))
+def test_any_two_norms(pair, size, seed):
+    a, b = pair
+    x = size * torch.randn(64, 8, generator=torch.Generator().manual_seed(seed))
+    before, after = two(a, b, x.shape), two(a, b, x.shape)
+    norm_of_norm(after, Options(), grad=False)
+    after.recompile()
+    exact = two(
+        *(s._replace(stats_dtype=F64, norm_dtype=F64, out_dtype=F64) for s in (a, b)), x.shape
+    )
+    assert_within_contract(after(x), before(x), exact(x.double()))
+    merged = len(after.graph.nodes) == 3
+    site = next(n for n in after.graph.nodes if n.target is norm).meta["normfx_site"]
+    assert merged or len([n for n in after.graph.nodes if n.target is norm]) == 2
+    assert merged == (RULE in site.actions)
