@@ -328,7 +328,7 @@ def pairs(draw):
     ]
 
 
-def two(a, b, shape):
+def two(a, b, like):
     """A graph with two norms, as recognition leaves it."""
     graph = fx.Graph()
     x = graph.placeholder("x")
@@ -336,7 +336,7 @@ def two(a, b, shape):
     second = graph.call_function(norm, (first, *[None] * 6), {"spec": b, "rank": 2})
     graph.output(second)
     for node in (x, first, second):
-        node.meta["val"] = torch.empty(shape)
+        node.meta["val"] = torch.empty_like(like)
         node.meta["normfx_site"] = Site("", "", (), None, "", "")
     return fx.GraphModule(nn.Module(), graph)
 
@@ -344,16 +344,13 @@ def two(a, b, shape):
 @settings(max_examples=300, deadline=None)
 @given(pairs(), st.sampled_from([1e-7, 1e-2, 1.0, 1e3]), st.integers(0, 9))
 def test_any_two_norms(pair, size, seed):
-    a, b = pair
-    x = size * torch.randn(64, 8, generator=torch.Generator().manual_seed(seed))
-    before, after = two(a, b, x.shape), two(a, b, x.shape)
+    """Computed in float64 and rounded once, so that only the identity is at stake."""
+    x = size * torch.randn(5, 7, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    a, b = (s._replace(stats_dtype=F64, norm_dtype=F64, out_dtype=F64) for s in pair)
+    rounded = b._replace(out_dtype=torch.float32)
+    before, after = two(a, rounded, x), two(a, rounded, x)
     norm_of_norm(after, Options(), grad=False)
     after.recompile()
-    exact = two(
-        *(s._replace(stats_dtype=F64, norm_dtype=F64, out_dtype=F64) for s in (a, b)), x.shape
-    )
-    assert_within_contract(after(x), before(x), exact(x.double()))
-    merged = len(after.graph.nodes) == 3
-    site = next(n for n in after.graph.nodes if n.target is norm).meta["normfx_site"]
-    assert merged or len([n for n in after.graph.nodes if n.target is norm]) == 2
-    assert merged == (RULE in site.actions)
+    assert_within_contract(after(x), before(x), two(a, b, x)(x))
+    left = [n for n in after.graph.nodes if n.target is norm]
+    assert (len(left) == 1) == (RULE in left[-1].meta["normfx_site"].actions)
