@@ -166,6 +166,28 @@ def norm(
     return h.contiguous() if spec.contiguous else h
 
 
+def row_scale(x: Any, eps: Any = None, square: Any = None, *, spec: NormSpec) -> Any:
+    """Scale / root: what a norm that is not centred multiplies x by, one number for each statistic.
+
+    Shapes:
+        x: any. The result has size one along `spec.dims`.
+
+    Dtypes:
+        `spec.stats_dtype`.
+
+    Args:
+        x: the tensor that the statistic is taken of.
+        eps: a tensor in place of `spec.eps`, or None.
+        square: S, where it is given, as for `norm`.
+        spec: of the norm; without groups and without a prefix.
+    """
+    h = x.to(spec.stats_dtype)
+    square = None if square is None else square.to(spec.stats_dtype)
+    divisor, inverse = _divisor(h, spec, eps, None, square)
+    factor = divisor if inverse else 1.0 / divisor
+    return factor if spec.scale == 1.0 else factor * spec.scale
+
+
 def _eps(spec: NormSpec, eps: Any) -> Any:
     return spec.eps if eps is None else eps
 

@@ -21,10 +21,13 @@ from normfx.capture import capture
 from normfx.errors import StageError
 from normfx.options import Options
 from normfx.passes.compress import compress
+from normfx.passes.defer_scale import defer_scale
 from normfx.passes.fold import fold
 from normfx.passes.fold_back import fold_back
 from normfx.passes.hoist import Hoisted, hoist
+from normfx.passes.identity_norm import identity_norm
 from normfx.passes.lower import lower
+from normfx.passes.norm_of_norm import norm_of_norm
 from normfx.passes.recentre import recentre
 from normfx.passes.recognise import recognise
 from normfx.record import Journal, Refusal
@@ -85,12 +88,15 @@ def rewrite(
     watch("recognise", captured)
     blocked = _blocked(grad, tracked, in_body)
     with _stage("rewrite", journal):
+        norm_of_norm(captured, options, grad=grad)
+        identity_norm(captured, options)
         recentre(captured, options, blocked=blocked)
     watch("rewrite", captured)
     with _stage("fold", journal):
         fold_back(captured, options, blocked=blocked)
         fold(captured, options, blocked=blocked)
         compress(captured, options, blocked=blocked)
+        defer_scale(captured, options, grad=grad)
     watch("fold", captured)
     hoisted = None
     with _stage("hoist", journal):

@@ -47,6 +47,11 @@ class Refusal(enum.Enum):
     GATED = "gate-not-constant"
     OTHER_WIDTH = "other-width"
     DROPOUT = "active-dropout"
+    AFFINE_BETWEEN = "affine-between"
+    NOT_COMBINED = "statistics-not-combined"
+    UNBOUNDED = "input-unbounded"
+    CANCELS = "cancellation"
+    NOT_WORTH = "not-worth-it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +177,26 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.DROPOUT: Explanation(
         "Dropout between a writer and the norm leaves a mean that changes with every call.",
         "Call model.eval().",
+    ),
+    Refusal.AFFINE_BETWEEN: Explanation(
+        "The first of two norms has a weight or bias: the second sees no multiple of its result.",
+        "Nothing to do; both norms stay.",
+    ),
+    Refusal.NOT_COMBINED: Explanation(
+        "Two norms are no single one, by their statistics, eps, or the rounding between them.",
+        "Nothing to do; both norms stay.",
+    ),
+    Refusal.UNBOUNDED: Explanation(
+        "The input of a norm with a large eps has no known bound, so its statistic may matter.",
+        "Bound it (tanh, clamp), or take the norm out of the model.",
+    ),
+    Refusal.CANCELS: Explanation(
+        "A mean or a bias would be added to a product that is rounded already: they may cancel.",
+        "Nothing to do; the norm stays as it is.",
+    ),
+    Refusal.NOT_WORTH: Explanation(
+        "Legal, but the cost model expects no gain.",
+        "See docs/rewrites.md for what it costs.",
     ),
     Refusal.NOT_TRACKED: Explanation(
         "A parameter was made in inference mode, so changes to it cannot be noticed.",

@@ -6,6 +6,8 @@ step is the same for each coordinate.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import sympy as sp
 
@@ -458,3 +460,69 @@ def test_what_is_added_to_all_keys_is_not_seen_by_a_softmax():
     moved = [sp.exp(X[0] * (Y[i] + X[1])) for i in range(3)]
     for a, b in zip(scores, moved, strict=True):
         assert_zero(a / sum(scores) - b / sum(moved))
+
+
+# -- a norm of a norm ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["inside", "outside", "floor", "floor-inside"])
+def test_a_norm_of_a_norm_is_one_norm(place):
+    """For a statistic T of x that a factor of x goes into by its square; p T and q T are under the roots."""
+    a, b, p, q, e1, e2, t = sp.symbols("a b p q e1 e2 t", positive=True)
+
+    def root(times, eps, statistic):
+        s = times * statistic
+        return {
+            "inside": sp.sqrt(s + eps),
+            "outside": sp.sqrt(s) + eps,
+            "floor": sp.Max(sp.sqrt(s), eps),
+            "floor-inside": sp.sqrt(sp.Max(s, eps)),
+        }[place]
+
+    first = a / root(p, e1, t)  # what x is multiplied by
+    both = first * b / root(q, e2, first**2 * t)
+    squared = place in ("inside", "floor-inside")
+    own = q / p * a**2 if squared else sp.sqrt(q / p) * a
+    factor = own + e2 if place in ("inside", "outside") else sp.Max(own, e2)
+    scale = a * b / (sp.sqrt(factor) if squared else factor)
+    one = scale / root(p, e1 * e2 / factor, t)
+    if "floor" not in place:
+        assert sp.simplify(both**2 / one**2) == 1
+        return
+    # all branches of the maxima, and both sides of each
+    numbers = [sp.Rational(1, 3), sp.Integer(5)]
+    for at in itertools.product(numbers, repeat=5):
+        given = dict(zip((a, p, q, e1, e2), at, strict=True)) | {b: 7}
+        for size in (sp.Rational(1, 100), sp.Rational(1, 2), sp.Integer(3), sp.Integer(900)):
+            ratio = (both / one).subs({**given, t: size})
+            assert abs(sp.N(ratio, 30) - 1) < sp.Rational(1, 10**25)
+
+
+def test_the_mean_square_of_a_centred_vector_is_its_variance():
+    centred = [x - mean(X) for x in X]
+    assert_zero(mean([c**2 for c in centred]) - variance(X))
+    assert_zero(mean(centred))
+
+
+def test_a_factor_goes_into_a_statistic_by_its_square():
+    k = sp.Symbol("k", real=True)
+    assert_zero(variance([k * x for x in X]) - k**2 * variance(X))
+    assert_zero(mean([(k * x) ** 2 for x in X]) - k**2 * mean([x**2 for x in X]))
+
+
+# -- a bounded input -----------------------------------------------------------------------------
+
+
+def test_a_statistic_far_below_eps_moves_the_root_by_half_of_its_share():
+    """1 >= (1 + s)^(-1/2) >= 1 - s / 2 for s = S / eps: the tangent of a convex function is below it."""
+    s = sp.Symbol("s", nonnegative=True)
+    root = (1 + s) ** sp.Rational(-1, 2)
+    assert sp.diff(root, s, 2).is_positive
+    assert sp.series(root, s, 0, 2).removeO() == 1 - s / 2
+    assert sp.diff(root, s).is_negative
+
+
+def test_a_number_of_a_norm_is_at_most_the_root_of_how_many_there_are():
+    """n (mean(x^2) + eps) - x_0^2 is a sum of squares and n eps."""
+    rest = sp.expand(N * (mean([x**2 for x in X]) + EPS) - X[0] ** 2)
+    assert_zero(rest - (sum(x**2 for x in X[1:]) + N * EPS))

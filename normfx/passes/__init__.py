@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # rule -> what it does, in the order the pipeline runs them
 RULES: dict[str, str] = {
+    "norm-of-norm": "a norm of the result of a norm into one",
+    "identity-norm": "a norm whose eps outweighs every statistic it can have into a scale",
     "recentre": "a LayerNorm into an RMSNorm, by centring the constants that write its input",
     "fold-statistics-into-previous": (
         "a norm whose statistics are given into the linear operator or convolution before it"
@@ -14,5 +16,6 @@ RULES: dict[str, str] = {
     "compress": (
         "a stream of mean zero to one channel less, its RMSNorms to CRMSNorms; only if named"
     ),
+    "defer-scale": "the division by a root to the other side of the linear operators after it",
     "hoist": "computations that read only parameters run once, outside of the graph",
 }

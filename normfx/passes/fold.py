@@ -160,7 +160,15 @@ def _is_number(operand: fx.Node) -> bool:
 def reader_of(
     source: fx.Node, user: fx.Node, channels: Channels, constant: set[fx.Node], *, shifted: bool
 ) -> Reader | Refused:
-    """The linear operator that reads some channels, if it may take a scale (and a shift) over."""
+    """A linear operator or convolution as a reader of channels, or why it is none.
+
+    Args:
+        source: what it reads, which has the channels.
+        user: the operator.
+        channels: of the source.
+        constant: the nodes that are made from parameters alone.
+        shifted: whether something is added to the channels, too.
+    """
     packet = g.packet(user)
     args: Any = user.args
     rank = channels.labels.dim()

@@ -240,10 +240,10 @@ def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.No
     if spec.statistic == "running":
         shifted = emit(aten.add.Tensor, square, spec.eps if eps is None else eps)
         scale = emit(aten.rsqrt.default, shifted)
-        if spec.scale != 1.0:
-            scale = emit(aten.mul.Tensor, scale, spec.scale)
     if weight is not None:
         scale = weight if scale is None else emit(aten.mul.Tensor, scale, weight)
+    if scale is not None and spec.scale != 1.0:
+        scale = emit(aten.mul.Tensor, scale, spec.scale)
     assert scale is not None  # a static norm has its root in its weight
     shift: Any = bias
     if mean is not None:

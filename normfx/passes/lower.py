@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from normfx import graph as g
-from normfx.ops import NormSpec, norm
+from normfx.ops import NormSpec, norm, row_scale
 from normfx.torch_internals import fake_mode_of, real_tensors_allowed, trace_pre_dispatch
 
 aten = torch.ops.aten
@@ -28,12 +28,12 @@ def lower(gm: fx.GraphModule) -> None:
     own = g.written_storages(gm.graph)
     own |= {g.storage(returned) for returned in gm.graph.output_node().all_input_nodes}
     for node in list(gm.graph.nodes):
-        if not g.is_call(node, norm):
+        if not g.is_call(node, norm, row_scale):
             if g.mutated_arguments(node):
                 done.clear()
             continue
         spec: Any = node.kwargs["spec"]
-        key = (node.args, spec)
+        key = (node.target, node.args, spec)
         if key in done and not {g.storage(node), g.storage(done[key])} & own:
             node.replace_all_uses_with(done[key], propagate_meta=False)
             gm.graph.erase_node(node)
@@ -50,6 +50,8 @@ def lower(gm: fx.GraphModule) -> None:
 
 def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """The norm as one operator of ATen, or None if there is none that computes exactly this."""
+    if node.target is row_scale:
+        return None
     spec: Any = node.kwargs["spec"]
     rank: Any = node.kwargs["rank"]
     args: Any = node.args
@@ -128,13 +130,14 @@ def _is_like(operand: Any, sizes: list[int], dtype: torch.dtype, spec: NormSpec)
 
 
 def _as_body(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) -> fx.Node:
-    """The operators of the body of `norm`, in place of the node."""
+    """The operators of the body of a canonical node, in place of the node."""
     spec: Any = node.kwargs["spec"]
-    rank: Any = node.kwargs["rank"]
+    target: Any = node.target
     operands_of: Any = node.args
     present = [i for i, a in enumerate(operands_of) if isinstance(a, fx.Node)]
     fakes: list[Any] = [g.tensor(operands_of[i]) for i in present]
     key = (
+        target,
         spec,
         *(
             (i, str(f.shape), str(f.stride()), f.dtype, f.device)
@@ -147,7 +150,7 @@ def _as_body(graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule]) 
             operands: list[Any] = [None] * len(operands_of)
             for i, tensor in zip(present, given, strict=True):
                 operands[i] = tensor
-            return norm(*operands, spec=spec, rank=rank)
+            return target(*operands, **node.kwargs)
 
         mode = fake_mode_of(fakes)
         with real_tensors_allowed(mode), mode:
