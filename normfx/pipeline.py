@@ -8,7 +8,7 @@ Each stage takes a graph that runs and leaves a graph that runs, and writes to t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ from normfx.passes.fold_back import fold_back
 from normfx.passes.hoist import Hoisted, hoist
 from normfx.passes.lower import lower
 from normfx.passes.recognise import recognise
+from normfx.passes.telescope import telescope
+from normfx.passes.values import Values
 from normfx.record import Journal, Refusal
 from normfx.torch_internals import is_module_state
 
@@ -50,6 +52,7 @@ def rewrite(
     *,
     tracked: bool = True,
     in_body: bool = False,
+    inputs: Sequence[Any] = (),
     observe: Observer | None = None,
 ) -> Rewritten:
     """Runs every stage on dynamo's graph.
@@ -61,6 +64,7 @@ def rewrite(
         tracked: whether changes of the parameters can be noticed (or need not be).
         in_body: whether this is the body of an operator, whose operands are not known to be
             parameters.
+        inputs: what the graph is called with now, parameters among them; empty if not known.
         observe: called with the name of each stage and its graph, for tests and diffs.
 
     Raises:
@@ -84,12 +88,14 @@ def rewrite(
     with _stage("fold", journal):
         blocked = _blocked(grad, tracked, in_body)
         fold_back(captured, options, blocked=blocked)
+        values = Values(captured, inputs)
+        conditions = telescope(captured, options, blocked=blocked, values=values)
         fold(captured, options, blocked=blocked)
     watch("fold", captured)
     hoisted = None
     with _stage("hoist", journal):
         if not blocked and options.allows("hoist"):
-            hoisted = hoist(captured, journal)
+            hoisted = hoist(captured, journal, conditions)
     watch("hoist", captured)
     with _stage("lower", journal):
         lower(captured)
