@@ -9,6 +9,8 @@ from torch import fx
 
 from normfx import graph as g
 
+aten = torch.ops.aten
+
 
 class Emitter:
     """Makes nodes at a place; only results get a value, that of what they replace.
@@ -30,6 +32,15 @@ class Emitter:
         made.meta["stack_trace"] = self.at.meta.get("stack_trace")
         made.meta["normfx_rule"] = self.rule
         return made
+
+    def exact(self, weight: fx.Node) -> fx.Node:
+        """A weight in float64: the very node that it was rounded from, where a rule has made it."""
+        source = weight.args[0] if weight.args else None
+        is_made = bool(weight.meta.get("normfx_rule")) and g.is_call(weight, aten.to.dtype)
+        is_rounded = is_made and weight.args[1] is not torch.float64
+        if is_rounded and isinstance(source, fx.Node) and source.meta.get("normfx_rule"):
+            return source
+        return self(aten.to.dtype, weight, torch.float64)
 
     def _with_memory(self, like: torch.Tensor) -> torch.Tensor:
         """The value itself, or one laid out densely for one that repeats the same memory."""

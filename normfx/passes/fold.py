@@ -229,7 +229,7 @@ def fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
     shift: Any = None
     with graph.inserting_before(node):
         emit = Emitter(graph, node, RULE)
-        exact = emit(aten.to.dtype, reader.weight, torch.float64)
+        exact = emit.exact(reader.weight)
         shape = [1] * held.dim()
         shape[reader.dim] = -1
         if reader.groups > 1:  # (out, in of a group, ...): outputs by group
@@ -250,7 +250,7 @@ def fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
             over = [d for d in range(held.dim()) if d != reader.out]
             shift = emit(aten.sum.dim_IntList, product, over)
             if reader.bias is not None:
-                given = emit(aten.to.dtype, reader.bias, torch.float64)
+                given = emit.exact(reader.bias)
                 shift = emit(aten.add.Tensor, shift, given)
             like = g.value(reader.bias) if reader.bias is not None else _column(reader)
             shift = emit(aten.to.dtype, shift, like.dtype, like=like)

@@ -163,7 +163,7 @@ def writer_of(
         writer = _writer(source, channel)
         if isinstance(writer, Writer):
             break
-        before = _moved(source, channel)
+        before = moved_from(source, channel)
         if writer is not None or before is None:
             return writer or Refused(Refusal.NOT_LINEAR_BEFORE, source)
         if before < 0:
@@ -185,7 +185,7 @@ def channels_of(writer: Writer) -> Any:
     return shape[writer.dim] * writer.groups
 
 
-def _moved(node: fx.Node, dim: int) -> int | None:
+def moved_from(node: fx.Node, dim: int) -> int | None:
     """Where a dim was before a view or a copy: -1 if it was none; None for another operator."""
     packet, shape = g.packet(node), g.shape(node)
     if packet in _COPIES:
@@ -239,7 +239,7 @@ def _replace(graph: fx.Graph, node: fx.Node, writer: Writer) -> None:
     _bring_up(node, writer.node)
     with graph.inserting_before(writer.node):
         emit = Emitter(graph, writer.node, RULE)
-        scale, shift = scale_and_shift(emit, node, channels_of(writer))
+        scale, shift = _scale_and_shift(emit, node, channels_of(writer))
         scale_weight(emit, writer, scale, shift)
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -265,8 +265,19 @@ def _bring_up(node: fx.Node, writer: fx.Node) -> None:
         writer.prepend(current)
 
 
-def scale_and_shift(emit: Emitter | Values, node: fx.Node, channels: int) -> tuple[Any, Any]:
-    """(s, t) of s * x + t, in float64, one number for each channel; t is None for zero.
+def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.Node, Any]:
+    """(s, t) of s * x + t, in float64, one number for each channel; t is None for zero."""
+    scale, mean, shift = given_affine(emit, node, channels)
+    if mean is not None:
+        moved = emit(aten.mul.Tensor, mean, scale)
+        shift = (
+            emit(aten.neg.default, moved) if shift is None else emit(aten.sub.Tensor, shift, moved)
+        )
+    return scale, shift
+
+
+def given_affine(emit: Emitter | Values, node: fx.Node, channels: int) -> tuple[Any, Any, Any]:
+    """(s, m, b) of s * (x - m) + b, in float64, one number for each channel; None for zero.
 
     As new nodes, or as the numbers they have now.
     """
@@ -283,13 +294,7 @@ def scale_and_shift(emit: Emitter | Values, node: fx.Node, channels: int) -> tup
     if weight is not None:
         scale = weight if scale is None else emit(aten.mul.Tensor, scale, weight)
     assert scale is not None  # a static norm has its root in its weight
-    shift: Any = bias
-    if mean is not None:
-        moved = emit(aten.mul.Tensor, mean, scale)
-        shift = (
-            emit(aten.neg.default, moved) if bias is None else emit(aten.sub.Tensor, bias, moved)
-        )
-    return scale, shift
+    return scale, mean, bias
 
 
 def _row(emit: Emitter | Values, operand: Any, channels: int) -> fx.Node:
@@ -298,24 +303,13 @@ def _row(emit: Emitter | Values, operand: Any, channels: int) -> fx.Node:
     return emit(aten.expand.default, row, [channels])
 
 
-def scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> None:
-    """Makes an operator compute s * y + t in place of y."""
+def scale_weight(emit: Emitter, writer: Writer, scale: Any, shift: Any) -> None:
+    """Makes an operator compute s * y + t in place of y; None for no scale or shift."""
     node, weight, bias = writer.node, writer.weight, writer.bias
-    shape: Any = g.shape(weight)
-    dtype = g.dtype(weight)
-    exact = emit(aten.to.dtype, weight, torch.float64)
-    if writer.groups > 1:  # (in, out of a group, ...): a number for each group and each out
-        exact = emit(aten.unflatten.int, exact, 0, [writer.groups, -1])
-        scale_shape: list[Any] = [writer.groups, 1, shape[1], *[1] * (len(shape) - 2)]
-    else:
-        scale_shape: list[Any] = [1] * len(shape)
-        scale_shape[writer.dim] = shape[writer.dim]
-    product = emit(aten.mul.Tensor, exact, emit(aten.reshape.default, scale, scale_shape))
-    if writer.groups > 1:
-        product = emit(aten.flatten.using_ints, product, 0, 1)
-    folded = emit(aten.to.dtype, product, dtype, like=g.value(weight))
-    if bias is not None:
-        scaled = emit(aten.mul.Tensor, emit(aten.to.dtype, bias, torch.float64), scale)
+    folded = weight if scale is None else _scaled(emit, writer, scale)
+    if bias is not None and (scale is not None or shift is not None):
+        exact = emit.exact(bias)
+        scaled = exact if scale is None else emit(aten.mul.Tensor, exact, scale)
         shift = scaled if shift is None else emit(aten.add.Tensor, shift, scaled)
     if shift is not None:
         like = g.value(bias)
@@ -335,3 +329,20 @@ def scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> N
         node.args = (node.args[0], transposed, shift)
     else:
         node.args = (node.args[0], folded, shift, *node.args[3:])
+
+
+def _scaled(emit: Emitter, writer: Writer, scale: fx.Node) -> fx.Node:
+    """The weight of an operator with each channel that it makes scaled."""
+    weight = writer.weight
+    shape: Any = g.shape(weight)
+    exact = emit.exact(weight)
+    if writer.groups > 1:  # (in, out of a group, ...): a number for each group and each out
+        exact = emit(aten.unflatten.int, exact, 0, [writer.groups, -1])
+        scale_shape: list[Any] = [writer.groups, 1, shape[1], *[1] * (len(shape) - 2)]
+    else:
+        scale_shape: list[Any] = [1] * len(shape)
+        scale_shape[writer.dim] = shape[writer.dim]
+    product = emit(aten.mul.Tensor, exact, emit(aten.reshape.default, scale, scale_shape))
+    if writer.groups > 1:
+        product = emit(aten.flatten.using_ints, product, 0, 1)
+    return emit(aten.to.dtype, product, g.dtype(weight), like=g.value(weight))

@@ -1,18 +1,20 @@
 """Telescope: norms whose statistics are given vanish from a residual stream (post-norm).
 
-    y = s x + t                              the norm
-    A y + a   = (A diag(s)) x + (a + A t)    a reader
-    y + B z + b = s (x + B' z + b'),   B' = diag(1/s) B,  b' = (b + t) / s
+    n(h + f) = s (h + (f - m)) + b           the norm: its mean goes into the branch before
+    A y + a  = (A diag(s)) x + (a + A b)     a reader of y = s x + b
+    y + B z + c = s (x + B' z + c'),         B' = diag(1/s) B,  c' = (c + b) / s
 
-for each channel. So the norm is left out, its linear readers take s and t over, and what is added
-to it takes 1/s and t. The sum then has the scale s, and no shift. It goes on like that, through any
+for each channel. So the norm is left out, its linear readers take s and b over, and what is added
+to it takes 1/s and b. The sum then has the scale s, and no shift. It goes on like that, through any
 number of additions, until the next norm takes s into its own scale. Front to back, one norm after
-the other vanishes, and the last one holds the product of all. A norm read by nothing but linear
-operators vanishes in the same way, with no division.
+the other vanishes, and the last one holds the product of all. A norm that only linear operators
+read vanishes in the same way, with no division.
 
-Every value of the stream becomes v / s. A floating-point number is as exact at another scale, so
-rounding is that of eager, unless the exponents leave their range: |s| must lie within 1/LIMIT and
-LIMIT. That is checked on the values at hand, and by a condition whenever weights are made again.
+Rounding is that of eager. Every value of the stream is what it was but for its scale, and a
+floating-point number is as exact at another scale, unless its exponent leaves the range: |s| must
+lie within 1/LIMIT and LIMIT. A mean that no branch can take would go into a + A (b - s m), which is
+small where both of its parts are large: it must not be larger than the deviation. Both are checked
+on the values at hand, and by a condition whenever weights are made again.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ from normfx.passes.emit import Emitter
 from normfx.passes.fold import Reader, fold_into, reader_of
 from normfx.passes.fold_back import (
     Writer,
+    given_affine,
     given_channel,
-    scale_and_shift,
+    moved_from,
     scale_weight,
     writer_of,
 )
@@ -48,14 +51,17 @@ RULE = "telescope"
 # Numbers of bfloat16 and float32 have exponents from -126 to 127. With this bound those of eager
 # may lie anywhere between 2^-94 and 2^95.
 LIMIT = 2.0**32
+# How large means may be, to deviations, where they go into the operators after the norm.
+NEAR = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Affine:
-    """S and T of one norm, in float64, one number for each channel; no T is zero."""
+    """S * (x - M) + T for each channel, as nodes or numbers in float64; None is zero."""
 
     scale: Any
-    shift: Any
+    mean: Any = None
+    shift: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +79,21 @@ class _Branch:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
+    """What a norm goes into.
+
+    Attributes:
+        channel: the dim that numbers the channels.
+        size: how many there are.
+        centred: what makes a part of its input, and can take its mean; None: nothing can.
+        readers: linear operators, and whether what they read is shifted.
+        norms: that read the stream, and whether what they read is shifted.
+        branches: what is added.
+    """
+
     channel: int
     size: int
-    readers: list[tuple[Reader, bool]]  # and whether what it reads is shifted
+    centred: fx.Node | Writer | None
+    readers: list[tuple[Reader, bool]]
     norms: list[tuple[fx.Node, bool]]
     branches: list[_Branch]
 
@@ -110,6 +128,7 @@ def telescope(
         if node.args[0] not in telescoping.constant:
             telescoping.visit(node)
     telescoping.settle()
+    telescoping.clean()
     return telescoping.conditions
 
 
@@ -119,7 +138,12 @@ def _is_given(node: fx.Node) -> bool:
 
 
 class _Telescope:
-    """One graph on its way; `affine` has S and T of norms that have taken over those of others."""
+    """One graph on its way.
+
+    Attributes:
+        affine: of norms that have taken over those of others.
+        conditions: what must be true of the weights.
+    """
 
     def __init__(
         self, graph: fx.Graph, options: Options, blocked: Refusal | None, values: Values
@@ -164,13 +188,15 @@ class _Telescope:
         if not node.users:
             return Refused(Refusal.NO_READER, node)
         channels = Channels.along(len(shape), channel, size)
-        found = spread(node, channels, self.order, shifted=self._is_shifted(node))
+        centred = self._centred(node, source, channel)
+        shifted = self._has_shift(node) or (self._has_mean(node) and centred is None)
+        found = spread(node, channels, self.order, shifted=shifted)
         for value in found.values:
             if g.storage(value) in self.written:
                 return Refused(Refusal.MUTATED, value)
             if g.dtype(value) is torch.float16:
                 return Refused(Refusal.RANGE, value)
-        plan = _Plan(channel, size, [], [], [])
+        plan = _Plan(channel, size, centred, [], [], [])
         for read in found.reads:
             refused = self._read(read, plan)
             if refused is not None:
@@ -185,10 +211,29 @@ class _Telescope:
             plan.branches.append(_Branch(addend, dim))
         return self._conditioned(node, plan)
 
-    def _is_shifted(self, node: fx.Node) -> bool:
-        if node in self.affine:
-            return self.affine[node].shift is not None
-        return node.args[2] is not None or node.args[4] is not None
+    def _has_mean(self, node: fx.Node) -> bool:
+        held = self.affine.get(node)
+        return node.args[4] is not None if held is None else held.mean is not None
+
+    def _has_shift(self, node: fx.Node) -> bool:
+        held = self.affine.get(node)
+        return node.args[2] is not None if held is None else held.shift is not None
+
+    def _centred(self, reader: fx.Node, node: Any, dim: int) -> Writer | fx.Node | None:
+        """What makes one term of a value that has one reader, and can subtract a mean from it."""
+        if len(node.users) > 1 or g.storage(node) in self.written:
+            return None
+        if is_sum(node):
+            found = (self._centred(node, term, dim) for term in node.args[:2])
+            return next((taker for taker in found if taker is not None), None)
+        if g.is_call(node, norm) and _is_given(node):
+            terms = self._terms(reader, node, dim)
+            return None if isinstance(terms, Refused) else node
+        writer = writer_of(reader, node, dim, g.dtype(node), self.constant, self.written)
+        if isinstance(writer, Writer):
+            return writer
+        before = moved_from(node, dim)
+        return None if before is None or before < 0 else self._centred(node, node.args[0], before)
 
     def _read(self, read: Read, plan: _Plan) -> Refused | None:
         """Puts an operator that reads the stream into the plan, or says why it cannot be there."""
@@ -232,44 +277,84 @@ class _Telescope:
         return writer if isinstance(writer, Refused) else [writer]
 
     def _conditioned(self, node: fx.Node, plan: _Plan) -> _Plan | Refused:
-        if not plan.branches:
+        """The plan, if the weights are such that it may be carried out."""
+        far = self._has_mean(node) and plan.centred is None
+        if not plan.branches and not far:
             return plan
         if not self.options.allows("hoist"):  # which is what conditions are checked by
             return Refused(Refusal.RULE_OFF, node)
-        affine = self._numbers(node, plan.size)
-        if affine is None:
+        held = self.affine.get(node)
+        operands: Any = [*node.args[1:6]]
+        operands += [] if held is None else [held.scale, held.mean, held.shift]
+        if any(o is not None and self.values.of(o) is None for o in operands):
             return Refused(Refusal.SCALE_UNKNOWN, node)
-        if not _is_sound(self.values, affine):
+        if held is None:
+            held = _Affine(*given_affine(self.values, node, plan.size))
+        numbers = [
+            self.values.of(row) if isinstance(row, fx.Node) else row
+            for row in (held.scale, held.mean, held.shift)
+        ]
+        if plan.branches and not _is_sound(self.values, _Affine(*numbers)):
+            return Refused(Refusal.CONDITION, node)
+        if far and (node.args[5] is None or not _is_near(self.values, node)):
             return Refused(Refusal.CONDITION, node)
         return plan
-
-    def _numbers(self, node: fx.Node, size: int) -> _Affine | None:
-        """S and T of a norm as they are now, or None if they are not known."""
-        held = self.affine.get(node)
-        operands: Any = node.args[1:6] if held is None else (held.scale, held.shift)
-        numbers = [None if operand is None else self.values.of(operand) for operand in operands]
-        if any((a is None) != (b is None) for a, b in zip(operands, numbers, strict=True)):
-            return None
-        if held is None:
-            return _Affine(*scale_and_shift(self.values, node, size))
-        return _Affine(*numbers)
 
     # ------------------------------------------------------------------------ the replacement
 
     def _replace(self, node: fx.Node, plan: _Plan) -> None:
         self._bring_in_front()
         held = self._affine_of(node, plan.size)
+        if plan.branches:
+            self.conditions.append(_is_sound(self._emitter(node), held))
+        if held.mean is not None:
+            held = self._centre(node, plan, held)
         for reader, shifted in plan.readers:
             fold_into(self.graph, reader, held.scale, held.shift if shifted else None)
             self._learn(reader.node)
-        for following, shifted in plan.norms:
-            before = held if shifted else _Affine(held.scale, None)
-            self._compose(following, plan.size, inner=before)
+        inverse = None
         if plan.branches:
-            inverse, shift = self._inverse(node, held)
+            emit = self._emitter(node)
+            inverse = emit(aten.reciprocal.default, held.scale)
+            shift = None if held.shift is None else emit(aten.mul.Tensor, held.shift, inverse)
             for branch in plan.branches:
                 self._divide(branch, plan.size, inverse, shift)
+        for following, shifted in plan.norms:
+            shift = held.shift if shifted else None
+            self._take_in(following, plan.size, _Affine(held.scale, None, shift), inverse)
         self._take_out(node)
+
+    def _centre(self, node: fx.Node, plan: _Plan, held: _Affine) -> _Affine:
+        """The norm without its mean: it is subtracted before, or from the shift."""
+        emit = self._emitter(node)
+        taker = plan.centred
+        if taker is None:
+            self.conditions.append(_is_near(emit, node))
+            moved = emit(aten.mul.Tensor, held.scale, held.mean)
+            shift = emit(aten.neg.default, moved)
+            if held.shift is not None:
+                shift = emit(aten.sub.Tensor, held.shift, moved)
+            return _valued(node, plan.size, _Affine(held.scale, None, shift))
+        back = _valued(node, plan.size, _Affine(None, None, emit(aten.neg.default, held.mean)))
+        self._give(taker, plan.size, back)
+        return _Affine(held.scale, None, held.shift)
+
+    def _give(self, taker: Writer | fx.Node, size: int, outer: _Affine) -> None:
+        """Makes an operator or a norm scale and shift what it makes."""
+        if isinstance(taker, Writer):
+            with self.graph.inserting_before(taker.node):
+                emit = Emitter(self.graph, taker.node, RULE)
+                scale_weight(emit, taker, outer.scale, outer.shift)
+            self._learn(taker.node)
+            return
+        held, emit = self._affine_of(taker, size), self._emitter(taker)
+        scale, shift = held.scale, held.shift
+        if outer.scale is not None:
+            scale = emit(aten.mul.Tensor, scale, outer.scale)
+            shift = None if shift is None else emit(aten.mul.Tensor, shift, outer.scale)
+        if outer.shift is not None:
+            shift = outer.shift if shift is None else emit(aten.add.Tensor, shift, outer.shift)
+        self.affine[taker] = _valued(taker, size, _Affine(scale, held.mean, shift))
 
     def _divide(self, branch: _Branch, size: int, inverse: fx.Node, shift: Any) -> None:
         """Makes a branch compute (y + T) / S in place of y, or y / S where the stream has no T."""
@@ -277,52 +362,46 @@ class _Telescope:
         terms: Any = self._terms(addend.node, addend.operand, branch.dim)
         shift = shift if addend.offset.shifted else None
         for term in terms:
-            if isinstance(term, Writer):
-                with self.graph.inserting_before(term.node):
-                    scale_weight(Emitter(self.graph, term.node, RULE), term, inverse, shift)
-                self._learn(term.node)
-            else:
-                self._compose(term, size, outer=_Affine(inverse, shift))
+            self._give(term, size, _Affine(inverse, None, shift))
             shift = None
 
-    def _inverse(self, node: fx.Node, held: _Affine) -> tuple[fx.Node, Any]:
-        """1/S and T/S. That they may be used becomes a condition."""
-        with self.graph.inserting_before(self._anchor):
-            emit = Emitter(self.graph, node, RULE)
-            self.conditions.append(_is_sound(emit, held))
-            inverse = emit(aten.reciprocal.default, held.scale)
-            shift = held.shift
-            return inverse, None if shift is None else emit(aten.mul.Tensor, shift, inverse)
+    def _take_in(self, node: fx.Node, size: int, before: _Affine, inverse: Any) -> None:
+        """Makes a norm of S * u + T one of u."""
+        held, emit = self._affine_of(node, size), self._emitter(node)
+        scale = emit(aten.mul.Tensor, held.scale, before.scale)
+        mean, shift = held.mean, held.shift
+        if before.shift is None and inverse is not None:
+            mean = None if mean is None else emit(aten.mul.Tensor, mean, inverse)
+        else:  # of a centred value: T and the mean are much the same
+            moved = before.shift
+            if mean is not None:
+                moved = (
+                    emit(aten.neg.default, mean)
+                    if moved is None
+                    else emit(aten.sub.Tensor, moved, mean)
+                )
+            if moved is not None:
+                moved = emit(aten.mul.Tensor, held.scale, moved)
+                shift = moved if shift is None else emit(aten.add.Tensor, shift, moved)
+            mean = None
+        self.affine[node] = _valued(node, size, _Affine(scale, mean, shift))
 
     def _affine_of(self, node: fx.Node, size: int) -> _Affine:
-        """The nodes of S and T of a norm."""
+        """The nodes of S, M and T of a norm."""
         if node not in self.affine:
-            with self.graph.inserting_before(self._anchor):
-                emit = Emitter(self.graph, node, RULE)
-                self.affine[node] = _valued(node, size, *scale_and_shift(emit, node, size))
+            made = _Affine(*given_affine(self._emitter(node), node, size))
+            self.affine[node] = _valued(node, size, made)
         return self.affine[node]
 
-    def _compose(
-        self,
-        node: fx.Node,
-        size: int,
-        *,
-        inner: _Affine | None = None,
-        outer: _Affine | None = None,
-    ) -> None:
-        """Makes a norm scale and shift what it reads before, or what it makes after."""
-        held = self._affine_of(node, size)
-        first, second = (inner, held) if inner is not None else (held, outer)
-        assert first is not None
-        assert second is not None
-        with self.graph.inserting_before(self._anchor):
-            emit = Emitter(self.graph, node, RULE)
-            scale = emit(aten.mul.Tensor, second.scale, first.scale)
-            shift = second.shift
-            if first.shift is not None:
-                moved = emit(aten.mul.Tensor, second.scale, first.shift)
-                shift = moved if shift is None else emit(aten.add.Tensor, shift, moved)
-        self.affine[node] = _valued(node, size, scale, shift)
+    def _emitter(self, node: fx.Node) -> Any:
+        """Makes nodes before all that read other inputs."""
+        emitter = Emitter(self.graph, node, RULE)
+
+        def emit(target: Any, *args: Any, like: Any = None) -> fx.Node:
+            with self.graph.inserting_before(self._anchor):
+                return emitter(target, *args, like=like)
+
+        return emit
 
     def _take_out(self, node: fx.Node) -> None:
         source: Any = node.args[0]
@@ -339,18 +418,24 @@ class _Telescope:
         del self.affine[node]
 
     def settle(self) -> None:
-        """Gives every norm that is left the S and T that it has taken over."""
+        """Gives every norm that is left what it has taken over."""
         for node, held in self.affine.items():
             spec: Any = node.kwargs["spec"]
             channel = given_channel(node, self.constant, self.options, RULE, blocked=None)
-            like = self._row_like(node, held.scale)
-            with self.graph.inserting_before(node):
-                emit = Emitter(self.graph, node, RULE)
-                weight, bias = (
-                    None if row is None else emit(aten.to.dtype, row, spec.stats_dtype, like=like)
-                    for row in (held.scale, held.shift)
-                )
-            node.args = (node.args[0], weight, bias, None, None, None, None)
+            with g.fake_mode(node), torch.no_grad():
+                like = g.value(held.scale).to(spec.stats_dtype)
+            emit = self._emitter(node)
+            weight, mean, bias = (
+                None if row is None else emit(aten.to.dtype, row, spec.stats_dtype, like=like)
+                for row in (held.scale, held.mean, held.shift)
+            )
+            if mean is not None:  # which broadcasts as it is
+                rank: Any = node.kwargs["rank"]
+                shape = [-1 if dim == channel else 1 for dim in range(rank)]
+                with g.fake_mode(node), torch.no_grad():
+                    seen = g.value(mean).reshape(shape)
+                mean = emit(aten.reshape.default, mean, shape, like=seen)
+            node.args = (node.args[0], weight, bias, None, mean, None, None)
             settled = spec._replace(
                 statistic="static",
                 scale=1.0,
@@ -360,11 +445,11 @@ class _Telescope:
             )
             node.kwargs = {**node.kwargs, "spec": settled}
 
-    @staticmethod
-    def _row_like(node: fx.Node, row: fx.Node) -> Any:
-        spec: Any = node.kwargs["spec"]
-        with g.fake_mode(node), torch.no_grad():
-            return g.value(row).to(spec.stats_dtype)
+    def clean(self) -> None:
+        """Erases weights that were made for an operator which then got others."""
+        for node in reversed(self.graph.nodes):
+            if node.meta.get("normfx_rule") and not node.users and node not in self.conditions:
+                self.graph.erase_node(node)
 
     def _bring_in_front(self) -> None:
         """Moves what reads only parameters before all else, so that any operator can read it."""
@@ -394,21 +479,32 @@ def _whole(channels: Channels, size: int) -> int | None:
 
 
 def _is_sound(emit: Any, affine: _Affine) -> Any:
-    """Whether a scale is neither zero nor extreme, and a shift finite, as a node or a value."""
+    """Whether a scale is neither zero nor extreme, and all is finite, as a node or a value."""
     size = emit(aten.abs.default, affine.scale)
     small = emit(aten.le.Scalar, size, LIMIT)  # false of NaN
     sound = emit(aten.logical_and.default, small, emit(aten.ge.Scalar, size, 1 / LIMIT))
-    if affine.shift is not None:
-        sound = emit(aten.logical_and.default, sound, emit(aten.isfinite.default, affine.shift))
+    for row in (affine.mean, affine.shift):
+        if row is not None:
+            sound = emit(aten.logical_and.default, sound, emit(aten.isfinite.default, row))
     return emit(aten.all.default, sound)
 
 
-def _valued(node: fx.Node, size: int, scale: fx.Node, shift: Any) -> _Affine:
-    """S and T with what they look like, which later folds ask for."""
+def _is_near(emit: Any, node: fx.Node) -> Any:
+    """Whether the means of a norm are within its deviations, by and large; a node or a value."""
+    eps, mean, square = node.args[3:6]
+    spec: Any = node.kwargs["spec"]
+    rows = [emit(aten.to.dtype, operand, torch.float64) for operand in (mean, square)]
+    variance = emit(aten.add.Tensor, rows[1], spec.eps if eps is None else eps)
+    ratio = emit(aten.div.Tensor, emit(aten.square.default, rows[0]), variance)
+    return emit(aten.le.Scalar, emit(aten.mean.default, ratio), NEAR**2)
+
+
+def _valued(node: fx.Node, size: int, affine: _Affine) -> _Affine:
+    """The same, with what its nodes look like, which later folds ask for."""
     held: Any = g.tensor(node)
     with g.fake_mode(node), torch.no_grad():
         row = held.new_empty(size, dtype=torch.float64)
-    for made in (scale, shift):
+    for made in (affine.scale, affine.mean, affine.shift):
         if made is not None:
             made.meta["val"] = row
-    return _Affine(scale, shift)
+    return affine
