@@ -422,11 +422,8 @@ class _Telescope:
         for node, held in self.affine.items():
             spec: Any = node.kwargs["spec"]
             channel = given_channel(node, self.constant, self.options, RULE, blocked=None)
-            with g.fake_mode(node), torch.no_grad():
-                like = g.value(held.scale).to(spec.stats_dtype)
-            emit = self._emitter(node)
             weight, mean, bias = (
-                None if row is None else emit(aten.to.dtype, row, spec.stats_dtype, like=like)
+                None if row is None else self._rounded(node, row, spec.stats_dtype)
                 for row in (held.scale, held.mean, held.shift)
             )
             if mean is not None:  # which broadcasts as it is
@@ -434,7 +431,7 @@ class _Telescope:
                 shape = [-1 if dim == channel else 1 for dim in range(rank)]
                 with g.fake_mode(node), torch.no_grad():
                     seen = g.value(mean).reshape(shape)
-                mean = emit(aten.reshape.default, mean, shape, like=seen)
+                mean = self._emitter(node)(aten.reshape.default, mean, shape, like=seen)
             node.args = (node.args[0], weight, bias, None, mean, None, None)
             settled = spec._replace(
                 statistic="static",
@@ -444,6 +441,11 @@ class _Telescope:
                 origin="algebra",
             )
             node.kwargs = {**node.kwargs, "spec": settled}
+
+    def _rounded(self, node: fx.Node, row: fx.Node, dtype: torch.dtype) -> fx.Node:
+        with g.fake_mode(node), torch.no_grad():
+            like = torch.empty_like(g.value(row), dtype=dtype)  # no two operands are one tensor
+        return self._emitter(node)(aten.to.dtype, row, dtype, like=like)
 
     def clean(self) -> None:
         """Erases weights that were made for an operator which then got others."""
@@ -502,9 +504,8 @@ def _is_near(emit: Any, node: fx.Node) -> Any:
 def _valued(node: fx.Node, size: int, affine: _Affine) -> _Affine:
     """The same, with what its nodes look like, which later folds ask for."""
     held: Any = g.tensor(node)
-    with g.fake_mode(node), torch.no_grad():
-        row = held.new_empty(size, dtype=torch.float64)
     for made in (affine.scale, affine.mean, affine.shift):
         if made is not None:
-            made.meta["val"] = row
+            with g.fake_mode(node), torch.no_grad():
+                made.meta["val"] = held.new_empty(size, dtype=torch.float64)
     return affine
