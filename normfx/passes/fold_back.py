@@ -128,9 +128,16 @@ def given_channel(
     for operand in operands:
         if operand is not None and operand not in constant:
             return Refused(Refusal.NOT_CONSTANT, operand)
-    given = operands[:3] + operands[5:] if spec.statistic == "running" else operands
-    channel = channel_dim(node, given)  # the statistics themselves are one for each channel
+    channel = channel_of(node)
     return Refused(Refusal.CHANNELS_MIXED, node) if channel is None else channel
+
+
+def channel_of(node: fx.Node) -> int | None:
+    """The dim that numbers the channels of a norm with given statistics, if there is just one."""
+    spec: Any = node.kwargs["spec"]
+    operands: Any = node.args[1:]
+    given = operands[:3] + operands[5:] if spec.statistic == "running" else operands
+    return channel_dim(node, given)  # the statistics themselves are one for each channel
 
 
 def writer_of(

@@ -30,12 +30,12 @@ from normfx.analyses.offset import Addend, Read, is_sum, spread
 from normfx.layout import plain
 from normfx.ops import norm
 from normfx.options import Options
+from normfx.passes.affines import Affine, Affines, is_near, is_sound
 from normfx.passes.channels import Channels
 from normfx.passes.emit import Emitter
 from normfx.passes.fold import Reader, fold_into, reader_of
 from normfx.passes.fold_back import (
     Writer,
-    given_affine,
     given_channel,
     moved_from,
     scale_weight,
@@ -48,20 +48,6 @@ from normfx.record import Refusal
 aten = torch.ops.aten
 
 RULE = "telescope"
-# Numbers of bfloat16 and float32 have exponents from -126 to 127. With this bound those of eager
-# may lie anywhere between 2^-94 and 2^95.
-LIMIT = 2.0**32
-# How large means may be, to deviations, where they go into the operators after the norm.
-NEAR = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Affine:
-    """S * (x - M) + T for each channel, as nodes or numbers in float64; None is zero."""
-
-    scale: Any
-    mean: Any = None
-    shift: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +113,7 @@ def telescope(
     for node in found:
         if node.args[0] not in telescoping.constant:
             telescoping.visit(node)
-    telescoping.settle()
+    telescoping.affines.settle()
     telescoping.clean()
     return telescoping.conditions
 
@@ -138,12 +124,7 @@ def _is_given(node: fx.Node) -> bool:
 
 
 class _Telescope:
-    """One graph on its way.
-
-    Attributes:
-        affine: of norms that have taken over those of others.
-        conditions: what must be true of the weights.
-    """
+    """One graph on its way: its norms, what was asked of the weights, and how to change it."""
 
     def __init__(
         self, graph: fx.Graph, options: Options, blocked: Refusal | None, values: Values
@@ -152,10 +133,8 @@ class _Telescope:
         self.constant = g.parameter_only(graph)
         self.written = g.written_storages(graph) - {None}
         self.order = {node: index for index, node in enumerate(graph.nodes)}
-        self.affine: dict[fx.Node, _Affine] = {}
+        self.affines = Affines(graph, self.constant, RULE)
         self.conditions: list[fx.Node] = []
-        self._in_front = False
-        self._anchor: Any = None  # the first node that reads other inputs
 
     def visit(self, node: fx.Node) -> None:
         """Decides about one norm, and takes it out if it may go."""
@@ -189,7 +168,8 @@ class _Telescope:
             return Refused(Refusal.NO_READER, node)
         channels = Channels.along(len(shape), channel, size)
         centred = self._centred(node, source, channel)
-        shifted = self._has_shift(node) or (self._has_mean(node) and centred is None)
+        has_mean, has_shift = self.affines.parts(node)
+        shifted = has_shift or (has_mean and centred is None)
         found = spread(node, channels, self.order, shifted=shifted)
         for value in found.values:
             if g.storage(value) in self.written:
@@ -210,14 +190,6 @@ class _Telescope:
                 return terms
             plan.branches.append(_Branch(addend, dim))
         return self._conditioned(node, plan)
-
-    def _has_mean(self, node: fx.Node) -> bool:
-        held = self.affine.get(node)
-        return node.args[4] is not None if held is None else held.mean is not None
-
-    def _has_shift(self, node: fx.Node) -> bool:
-        held = self.affine.get(node)
-        return node.args[2] is not None if held is None else held.shift is not None
 
     def _centred(self, reader: fx.Node, node: Any, dim: int) -> Writer | fx.Node | None:
         """What makes one term of a value that has one reader, and can subtract a mean from it."""
@@ -278,130 +250,65 @@ class _Telescope:
 
     def _conditioned(self, node: fx.Node, plan: _Plan) -> _Plan | Refused:
         """The plan, if the weights are such that it may be carried out."""
-        far = self._has_mean(node) and plan.centred is None
+        has_mean, _ = self.affines.parts(node)
+        far = has_mean and plan.centred is None
         if not plan.branches and not far:
             return plan
         if not self.options.allows("hoist"):  # which is what conditions are checked by
             return Refused(Refusal.RULE_OFF, node)
-        held = self.affine.get(node)
-        operands: Any = [*node.args[1:6]]
-        operands += [] if held is None else [held.scale, held.mean, held.shift]
-        if any(o is not None and self.values.of(o) is None for o in operands):
+        numbers = self.affines.numbers(node, plan.size, self.values)
+        if numbers is None:
             return Refused(Refusal.SCALE_UNKNOWN, node)
-        if held is None:
-            held = _Affine(*given_affine(self.values, node, plan.size))
-        numbers = [
-            self.values.of(row) if isinstance(row, fx.Node) else row
-            for row in (held.scale, held.mean, held.shift)
-        ]
-        if plan.branches and not _is_sound(self.values, _Affine(*numbers)):
+        if plan.branches and not is_sound(self.values, numbers):
             return Refused(Refusal.CONDITION, node)
-        if far and (node.args[5] is None or not _is_near(self.values, node)):
+        if far and (node.args[5] is None or not is_near(self.values, node)):
             return Refused(Refusal.CONDITION, node)
         return plan
 
     # ------------------------------------------------------------------------ the replacement
 
     def _replace(self, node: fx.Node, plan: _Plan) -> None:
-        self._bring_in_front()
-        held = self._affine_of(node, plan.size)
+        affines = self.affines
+        held, emit = affines.of(node, plan.size), affines.emitter(node)
         if plan.branches:
-            self.conditions.append(_is_sound(self._emitter(node), held))
-        if held.mean is not None:
-            held = self._centre(node, plan, held)
+            self.conditions.append(is_sound(emit, held))
+        if held.mean is not None and plan.centred is None:
+            self.conditions.append(is_near(emit, node))
+        elif held.mean is not None:
+            self._give(plan.centred, plan.size, shift=emit(aten.neg.default, held.mean))
+            affines.put(node, plan.size, held._replace(mean=None))
+        held = affines.without_mean(node, plan.size)
         for reader, shifted in plan.readers:
             fold_into(self.graph, reader, held.scale, held.shift if shifted else None)
             self._learn(reader.node)
-        inverse = None
-        if plan.branches:
-            emit = self._emitter(node)
-            inverse = emit(aten.reciprocal.default, held.scale)
-            shift = None if held.shift is None else emit(aten.mul.Tensor, held.shift, inverse)
-            for branch in plan.branches:
-                self._divide(branch, plan.size, inverse, shift)
+        inverse = emit(aten.reciprocal.default, held.scale) if plan.branches else None
+        for branch in plan.branches:
+            self._divide(branch, plan.size, held, inverse)
         for following, shifted in plan.norms:
-            shift = held.shift if shifted else None
-            self._take_in(following, plan.size, _Affine(held.scale, None, shift), inverse)
+            affines.scale_input(
+                following, plan.size, held.scale, held.shift if shifted else None, inverse
+            )
         self._take_out(node)
 
-    def _centre(self, node: fx.Node, plan: _Plan, held: _Affine) -> _Affine:
-        """The norm without its mean: it is subtracted before, or from the shift."""
-        emit = self._emitter(node)
-        taker = plan.centred
-        if taker is None:
-            self.conditions.append(_is_near(emit, node))
-            moved = emit(aten.mul.Tensor, held.scale, held.mean)
-            shift = emit(aten.neg.default, moved)
-            if held.shift is not None:
-                shift = emit(aten.sub.Tensor, held.shift, moved)
-            return _valued(node, plan.size, _Affine(held.scale, None, shift))
-        back = _valued(node, plan.size, _Affine(None, None, emit(aten.neg.default, held.mean)))
-        self._give(taker, plan.size, back)
-        return _Affine(held.scale, None, held.shift)
-
-    def _give(self, taker: Writer | fx.Node, size: int, outer: _Affine) -> None:
-        """Makes an operator or a norm scale and shift what it makes."""
-        if isinstance(taker, Writer):
-            with self.graph.inserting_before(taker.node):
-                emit = Emitter(self.graph, taker.node, RULE)
-                scale_weight(emit, taker, outer.scale, outer.shift)
-            self._learn(taker.node)
-            return
-        held, emit = self._affine_of(taker, size), self._emitter(taker)
-        scale, shift = held.scale, held.shift
-        if outer.scale is not None:
-            scale = emit(aten.mul.Tensor, scale, outer.scale)
-            shift = None if shift is None else emit(aten.mul.Tensor, shift, outer.scale)
-        if outer.shift is not None:
-            shift = outer.shift if shift is None else emit(aten.add.Tensor, shift, outer.shift)
-        self.affine[taker] = _valued(taker, size, _Affine(scale, held.mean, shift))
-
-    def _divide(self, branch: _Branch, size: int, inverse: fx.Node, shift: Any) -> None:
+    def _divide(self, branch: _Branch, size: int, held: Affine, inverse: Any) -> None:
         """Makes a branch compute (y + T) / S in place of y, or y / S where the stream has no T."""
         addend = branch.addend
         terms: Any = self._terms(addend.node, addend.operand, branch.dim)
-        shift = shift if addend.offset.shifted else None
+        shift: Any = None
+        if addend.offset.shifted and held.shift is not None:
+            shift = self.affines.emitter(addend.node)(aten.mul.Tensor, held.shift, inverse)
         for term in terms:
-            self._give(term, size, _Affine(inverse, None, shift))
+            self._give(term, size, inverse, shift)
             shift = None
 
-    def _take_in(self, node: fx.Node, size: int, before: _Affine, inverse: Any) -> None:
-        """Makes a norm of S * u + T one of u."""
-        held, emit = self._affine_of(node, size), self._emitter(node)
-        scale = emit(aten.mul.Tensor, held.scale, before.scale)
-        mean, shift = held.mean, held.shift
-        if before.shift is None and inverse is not None:
-            mean = None if mean is None else emit(aten.mul.Tensor, mean, inverse)
-        else:  # of a centred value: T and the mean are much the same
-            moved = before.shift
-            if mean is not None:
-                moved = (
-                    emit(aten.neg.default, mean)
-                    if moved is None
-                    else emit(aten.sub.Tensor, moved, mean)
-                )
-            if moved is not None:
-                moved = emit(aten.mul.Tensor, held.scale, moved)
-                shift = moved if shift is None else emit(aten.add.Tensor, shift, moved)
-            mean = None
-        self.affine[node] = _valued(node, size, _Affine(scale, mean, shift))
-
-    def _affine_of(self, node: fx.Node, size: int) -> _Affine:
-        """The nodes of S, M and T of a norm."""
-        if node not in self.affine:
-            made = _Affine(*given_affine(self._emitter(node), node, size))
-            self.affine[node] = _valued(node, size, made)
-        return self.affine[node]
-
-    def _emitter(self, node: fx.Node) -> Any:
-        """Makes nodes before all that read other inputs."""
-        emitter = Emitter(self.graph, node, RULE)
-
-        def emit(target: Any, *args: Any, like: Any = None) -> fx.Node:
-            with self.graph.inserting_before(self._anchor):
-                return emitter(target, *args, like=like)
-
-        return emit
+    def _give(self, taker: Any, size: int, scale: Any = None, shift: Any = None) -> None:
+        """Makes an operator or a norm compute scale * y + shift in place of y."""
+        if not isinstance(taker, Writer):
+            self.affines.scale_output(taker, size, scale, shift)
+            return
+        with self.graph.inserting_before(taker.node):
+            scale_weight(Emitter(self.graph, taker.node, RULE), taker, scale, shift)
+        self._learn(taker.node)
 
     def _take_out(self, node: fx.Node) -> None:
         source: Any = node.args[0]
@@ -411,59 +318,15 @@ class _Telescope:
                 source = self.graph.call_function(aten.contiguous.default, (source,))
             g.inherit_meta(source, node)
             self.order[source] = self.order[node]
-        if self._anchor is node:
-            self._anchor = node.next
+        self.affines.forget(node)
         node.replace_all_uses_with(source, propagate_meta=False)
         self.graph.erase_node(node)
-        del self.affine[node]
-
-    def settle(self) -> None:
-        """Gives every norm that is left what it has taken over."""
-        for node, held in self.affine.items():
-            spec: Any = node.kwargs["spec"]
-            channel = given_channel(node, self.constant, self.options, RULE, blocked=None)
-            weight, mean, bias = (
-                None if row is None else self._rounded(node, row, spec.stats_dtype)
-                for row in (held.scale, held.mean, held.shift)
-            )
-            if mean is not None:  # which broadcasts as it is
-                rank: Any = node.kwargs["rank"]
-                shape = [-1 if dim == channel else 1 for dim in range(rank)]
-                with g.fake_mode(node), torch.no_grad():
-                    seen = g.value(mean).reshape(shape)
-                mean = self._emitter(node)(aten.reshape.default, mean, shape, like=seen)
-            node.args = (node.args[0], weight, bias, None, mean, None, None)
-            settled = spec._replace(
-                statistic="static",
-                scale=1.0,
-                norm_dtype=spec.stats_dtype,
-                affine_dim=channel,
-                origin="algebra",
-            )
-            node.kwargs = {**node.kwargs, "spec": settled}
-
-    def _rounded(self, node: fx.Node, row: fx.Node, dtype: torch.dtype) -> fx.Node:
-        with g.fake_mode(node), torch.no_grad():
-            like = torch.empty_like(g.value(row), dtype=dtype)  # no two operands are one tensor
-        return self._emitter(node)(aten.to.dtype, row, dtype, like=like)
 
     def clean(self) -> None:
         """Erases weights that were made for an operator which then got others."""
         for node in reversed(self.graph.nodes):
             if node.meta.get("normfx_rule") and not node.users and node not in self.conditions:
                 self.graph.erase_node(node)
-
-    def _bring_in_front(self) -> None:
-        """Moves what reads only parameters before all else, so that any operator can read it."""
-        if self._in_front:
-            return
-        nodes = [node for node in self.graph.nodes if node.op != "placeholder"]
-        self._anchor = next(node for node in nodes if node not in self.constant)
-        first = self.order[self._anchor]
-        for node in nodes:
-            if node in self.constant and self.order[node] > first:
-                self._anchor.prepend(node)
-        self._in_front = True
 
     def _learn(self, node: fx.Node) -> None:
         """Another norm may be read by the same operators, beside this one."""
@@ -478,34 +341,3 @@ def _whole(channels: Channels, size: int) -> int | None:
         return None
     in_order = torch.equal(channels.labels.flatten(), torch.arange(size, device="cpu"))
     return dims[0] if in_order else None
-
-
-def _is_sound(emit: Any, affine: _Affine) -> Any:
-    """Whether a scale is neither zero nor extreme, and all is finite, as a node or a value."""
-    size = emit(aten.abs.default, affine.scale)
-    small = emit(aten.le.Scalar, size, LIMIT)  # false of NaN
-    sound = emit(aten.logical_and.default, small, emit(aten.ge.Scalar, size, 1 / LIMIT))
-    for row in (affine.mean, affine.shift):
-        if row is not None:
-            sound = emit(aten.logical_and.default, sound, emit(aten.isfinite.default, row))
-    return emit(aten.all.default, sound)
-
-
-def _is_near(emit: Any, node: fx.Node) -> Any:
-    """Whether the means of a norm are within its deviations, by and large; a node or a value."""
-    eps, mean, square = node.args[3:6]
-    spec: Any = node.kwargs["spec"]
-    rows = [emit(aten.to.dtype, operand, torch.float64) for operand in (mean, square)]
-    variance = emit(aten.add.Tensor, rows[1], spec.eps if eps is None else eps)
-    ratio = emit(aten.div.Tensor, emit(aten.square.default, rows[0]), variance)
-    return emit(aten.le.Scalar, emit(aten.mean.default, ratio), NEAR**2)
-
-
-def _valued(node: fx.Node, size: int, affine: _Affine) -> _Affine:
-    """The same, with what its nodes look like, which later folds ask for."""
-    held: Any = g.tensor(node)
-    for made in (affine.scale, affine.mean, affine.shift):
-        if made is not None:
-            with g.fake_mode(node), torch.no_grad():
-                made.meta["val"] = held.new_empty(size, dtype=torch.float64)
-    return affine
