@@ -20,6 +20,7 @@ from normfx import graph as g
 from normfx.capture import capture
 from normfx.errors import StageError
 from normfx.options import Options
+from normfx.passes.emit import erase_unused
 from normfx.passes.fold import fold
 from normfx.passes.fold_back import fold_back
 from normfx.passes.hoist import Hoisted, hoist
@@ -91,6 +92,7 @@ def rewrite(
         values = Values(captured, inputs)
         conditions = telescope(captured, options, blocked=blocked, values=values)
         fold(captured, options, blocked=blocked)
+        erase_unused(captured.graph, conditions)
     watch("fold", captured)
     hoisted = None
     with _stage("hoist", journal):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,3 +49,10 @@ class Emitter:
             return like
         with g.fake_mode(self.at), torch.no_grad():
             return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def erase_unused(graph: fx.Graph, kept: Sequence[fx.Node]) -> None:
+    """Erases what rules made for operators that then got other weights, but for what is kept."""
+    for node in reversed(graph.nodes):
+        if node.meta.get("normfx_rule") and not node.users and node not in kept:
+            graph.erase_node(node)

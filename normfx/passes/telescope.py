@@ -114,7 +114,6 @@ def telescope(
         if node.args[0] not in telescoping.constant:
             telescoping.visit(node)
     telescoping.affines.settle()
-    telescoping.clean()
     return telescoping.conditions
 
 
@@ -321,12 +320,6 @@ class _Telescope:
         self.affines.forget(node)
         node.replace_all_uses_with(source, propagate_meta=False)
         self.graph.erase_node(node)
-
-    def clean(self) -> None:
-        """Erases weights that were made for an operator which then got others."""
-        for node in reversed(self.graph.nodes):
-            if node.meta.get("normfx_rule") and not node.users and node not in self.conditions:
-                self.graph.erase_node(node)
 
     def _learn(self, node: fx.Node) -> None:
         """Another norm may be read by the same operators, beside this one."""
