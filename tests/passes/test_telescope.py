@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import random
 import warnings
 
 import pytest
@@ -615,3 +617,54 @@ def test_the_graph_is_not_changed_where_nothing_vanishes():
     with torch.no_grad():
         torch.compile(model, backend=backend)(x)
     assert seen["fold"] == seen["recognise"]
+
+
+# ---------------------------------------------------------------------------- drawn programs
+
+
+class Drawn(nn.Module):
+    """Blocks that read and add whatever was computed before."""
+
+    def __init__(self, seed: int, width: int = 6) -> None:
+        super().__init__()
+        draw = random.Random(seed)
+        self.steps = [
+            (draw.randrange(1, 4), draw.randrange(1, 4), draw.randrange(11))
+            for _ in range(draw.randint(4, 12))
+        ]
+        self.linears = nn.ModuleList(nn.Linear(width, width, bias=i % 3 != 0) for i in range(12))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=i % 4 != 3) for i in range(8))
+        self.weight = nn.Parameter(torch.randn(width, width))
+        self.returns_two = draw.random() < 0.3
+
+    def forward(self, x):
+        values, linear, norm = [x], itertools.cycle(self.linears), itertools.cycle(self.norms)
+        for i, j, kind in self.steps:
+            a, b = values[-min(i, len(values))], values[-min(j, len(values))]
+            if kind < 4:
+                made = next(norm)(a + next(linear)(torch.relu(next(linear)(b))))
+            elif kind == 4:
+                made = a + next(linear)(b)
+            elif kind == 5:
+                made = a + b
+            elif kind == 6:
+                made = next(norm)(a) + next(norm)(b)
+            elif kind == 7:
+                made = a @ self.weight + b
+            elif kind == 8:
+                made = torch.tanh(a) + next(norm)(b + next(linear)(a))
+            elif kind == 9:
+                made = (a.t() + next(linear)(b).t()).t()
+            else:
+                made = next(norm)(a + (next(linear)(b) + next(linear)(a)))
+            values.append(made)
+        out = next(linear)(values[-1])
+        return (out, values[-2]) if self.returns_two else out
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_drawn_programs(seed):
+    torch._dynamo.reset()
+    torch.manual_seed(seed)
+    model, x = roughened(Drawn(seed)), torch.randn(40, 6)
+    assert_agrees(calibrated(model, x), x)
