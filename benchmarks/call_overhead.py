@@ -38,7 +38,7 @@ def _double(parameters: int) -> Hoisted:
 def overhead_us(parameters: int) -> tuple[float, float]:
     """Microseconds that the check of this many parameters adds to a call: median and least."""
     given = [torch.nn.Parameter(torch.randn(4)) for _ in range(parameters)]
-    checked = LiveWeights(_double(parameters), frozen=False).wrap(_nothing)
+    checked = LiveWeights(_double(parameters), frozen=False).wrap(_nothing, _nothing)
     checked(*given)
     differences = []
     for _ in range(ROUNDS):

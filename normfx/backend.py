@@ -85,13 +85,31 @@ def _compile(
 ) -> Callable[..., Any]:
     frozen = options.weights == "frozen"
     tracked = frozen or weights_are_tracked(gm, example_inputs)
-    rewritten = rewrite(gm, options, journal, tracked=tracked)
+    rewritten = rewrite(gm, options, journal, tracked=tracked, inputs=example_inputs)
     hoisted = rewritten.hoisted
     compiled: Callable[..., Any] = rewritten.module
     if options.lowering == "inductor":
         further = fakes_for_aot(hoisted.values) if hoisted is not None else []
         compiled = compile_with_inductor(rewritten.module, [*example_inputs, *further], settings)
-    return compiled if hoisted is None else LiveWeights(hoisted, frozen=frozen).wrap(compiled)
+    if hoisted is None:
+        return compiled
+    otherwise = _uncompiled(gm) if hoisted.conditions else compiled
+    return LiveWeights(hoisted, frozen=frozen).wrap(compiled, otherwise)
+
+
+def _uncompiled(gm: fx.GraphModule) -> Callable[..., Any]:
+    """Dynamo's graph as it stands, for weights with which the compiled graph would be wrong."""
+
+    def run(*args: Any) -> Any:
+        warnings.warn(
+            "The scale of a norm has become zero, infinite or extreme, and the graph was compiled "
+            "without that norm. It runs uncompiled; its results are not affected. Call "
+            "torch.compiler.reset() to have it compiled for the new weights.",
+            stacklevel=2,
+        )
+        return gm(*args)
+
+    return run
 
 
 def _log(journal: Journal) -> None:

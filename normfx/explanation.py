@@ -48,7 +48,7 @@ def explain(
             journal = Journal()
             tracked = parsed.weights == "frozen" or weights_are_tracked(gm, example_inputs)
             try:
-                rewrite(gm, parsed, journal, tracked=tracked)
+                rewrite(gm, parsed, journal, tracked=tracked, inputs=example_inputs)
             except StageError as error:
                 if parsed.strict:
                     raise

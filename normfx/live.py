@@ -14,7 +14,6 @@ of its own, for as long as its parameters live.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from normfx.passes.hoist import Hoisted
+from normfx.torch_internals import without_autocast
 
 _alive: weakref.WeakSet[LiveWeights] = weakref.WeakSet()
 _alive_lock = threading.Lock()
@@ -37,9 +37,13 @@ class _Entry:
             memory of one is gone, so that an address that comes back is not mistaken for the old.
         copies: position and value of those that may change without a new version.
         hoisted: what was made from them.
+        fits: whether the compiled graph may run with it.
     """
 
-    __slots__ = ("__weakref__", "_positions", "_storages", "copies", "hoisted", "owners", "seen")
+    __slots__ = (
+        *("__weakref__", "_positions", "_storages"),
+        *("copies", "fits", "hoisted", "owners", "seen"),
+    )
 
     def __init__(self, positions: tuple[int, ...] = (), owners: tuple[Any, ...] = ()) -> None:
         self._positions = positions
@@ -47,6 +51,7 @@ class _Entry:
         self.seen: tuple[tuple[int, Any, int, int], ...] = ()
         self.copies: tuple[tuple[int, torch.Tensor], ...] = ()
         self.hoisted: tuple[torch.Tensor, ...] = ()
+        self.fits = True
         self._storages: tuple[Any, ...] = ()
 
     def look(self, tensors: list[torch.Tensor], *, frozen: bool) -> None:
@@ -113,14 +118,23 @@ class LiveWeights:
         with _alive_lock:
             _alive.add(self)
 
-    def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled callable, with its hoisted inputs made from the parameters of each call."""
+    def wrap(self, call: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled callable, with its hoisted inputs made from the parameters of each call.
+
+        Args:
+            call: the compiled callable.
+            otherwise: what runs in its place, without hoisted inputs, on parameters that do not
+                meet the conditions of the rules.
+        """
+
+        def run(entry: _Entry, args: tuple[Any, ...]) -> Any:
+            return call(*args, *entry.hoisted) if entry.fits else otherwise(*args)
 
         def with_live_weights(*args: Any) -> Any:
             entry = self._last
             seen = entry.seen
             if not seen:
-                return call(*args, *self._refreshed(args))
+                return run(self._refreshed(args), args)
             for index, owner, version, pointer in seen:
                 argument = args[index]
                 if (
@@ -128,17 +142,17 @@ class LiveWeights:
                     or argument.data_ptr() != pointer
                     or argument is not owner()
                 ):
-                    return call(*args, *self._refreshed(args))
+                    return run(self._refreshed(args), args)
             if entry.copies and not entry.keeps_values(args):
-                return call(*args, *self._refreshed(args))
-            return call(*args, *entry.hoisted)
+                return run(self._refreshed(args), args)
+            return run(entry, args)
 
         def with_frozen_weights(*args: Any) -> Any:
             entry = self._last
             seen = entry.seen
             if seen and all(args[index] is owner() for index, owner, _, _ in seen):
-                return call(*args, *entry.hoisted)
-            return call(*args, *self._refreshed(args))
+                return run(entry, args)
+            return run(self._refreshed(args), args)
 
         return with_frozen_weights if self._frozen else with_live_weights
 
@@ -148,13 +162,13 @@ class LiveWeights:
             for entry in (self._last, *self._entries.values()):
                 entry.seen = ()
 
-    def _refreshed(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-        """The hoisted tensors of these parameters, at the same addresses if they had some."""
+    def _refreshed(self, args: tuple[Any, ...]) -> _Entry:
+        """The entry of these parameters, its tensors at the same addresses if it had some."""
         tensors = [args[index] for index in self._positions]
         with self._lock:
             entry = self._entry(tensors)
             if not entry.is_fresh(tensors, frozen=self._frozen):
-                made = self._run(tensors)
+                made, entry.fits = self._run(tensors)
                 if [(t.device, t.dtype) for t in entry.hoisted] == [
                     (t.device, t.dtype) for t in made
                 ]:
@@ -165,7 +179,7 @@ class LiveWeights:
                     entry.hoisted = made
                 entry.look(tensors, frozen=self._frozen)
             self._last = entry
-            return entry.hoisted
+            return entry
 
     def _entry(self, tensors: list[torch.Tensor]) -> _Entry:
         """The entry of these parameters. It goes when one of them does."""
@@ -187,20 +201,16 @@ class LiveWeights:
         entry = self._entries[key] = _Entry(self._positions, owners)
         return entry
 
-    def _run(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        with torch.inference_mode(False), torch.no_grad(), _without_autocast(tensors[0].device):
+    def _run(self, tensors: list[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], bool]:
+        """The hoisted tensors, and whether all conditions are met."""
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(tensors[0].device):
             made = self._compute(*tensors)
-            return tuple(
+            count = len(self._strides)
+            laid_out = tuple(
                 tensor if tensor.stride() == stride else _restrided(tensor, stride)
-                for tensor, stride in zip(made, self._strides, strict=True)
+                for tensor, stride in zip(made[:count], self._strides, strict=True)
             )
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """No autocast on a device; nothing where there is none in any case, as on `meta`."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+            return laid_out, all(map(bool, made[count:]))
 
 
 def _restrided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:

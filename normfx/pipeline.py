@@ -8,7 +8,7 @@ Each stage takes a graph that runs and leaves a graph that runs, and writes to t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from normfx.errors import StageError
 from normfx.options import Options
 from normfx.passes.compress import compress
 from normfx.passes.defer_scale import defer_scale
+from normfx.passes.emit import erase_unused
 from normfx.passes.fold import fold
 from normfx.passes.fold_back import fold_back
 from normfx.passes.hoist import Hoisted, hoist
@@ -30,6 +31,8 @@ from normfx.passes.lower import lower
 from normfx.passes.norm_of_norm import norm_of_norm
 from normfx.passes.recentre import recentre
 from normfx.passes.recognise import recognise
+from normfx.passes.telescope import telescope
+from normfx.passes.values import Values
 from normfx.record import Journal, Refusal
 from normfx.torch_internals import is_module_state
 
@@ -55,6 +58,7 @@ def rewrite(
     *,
     tracked: bool = True,
     in_body: bool = False,
+    inputs: Sequence[Any] = (),
     observe: Observer | None = None,
 ) -> Rewritten:
     """Runs every stage on dynamo's graph.
@@ -66,6 +70,7 @@ def rewrite(
         tracked: whether changes of the parameters can be noticed (or need not be).
         in_body: whether this is the body of an operator, whose operands are not known to be
             parameters.
+        inputs: what the graph is called with now, parameters among them; empty if not known.
         observe: called with the name of each stage and its graph, for tests and diffs.
 
     Raises:
@@ -94,14 +99,17 @@ def rewrite(
     watch("rewrite", captured)
     with _stage("fold", journal):
         fold_back(captured, options, blocked=blocked)
+        values = Values(captured, inputs)
+        conditions = telescope(captured, options, blocked=blocked, values=values)
         fold(captured, options, blocked=blocked)
         compress(captured, options, blocked=blocked)
         defer_scale(captured, options, grad=grad)
+        erase_unused(captured.graph, conditions)
     watch("fold", captured)
     hoisted = None
     with _stage("hoist", journal):
         if not blocked and options.allows("hoist"):
-            hoisted = hoist(captured, journal)
+            hoisted = hoist(captured, journal, conditions)
     watch("hoist", captured)
     with _stage("lower", journal):
         lower(captured)

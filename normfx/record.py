@@ -41,6 +41,8 @@ class Refusal(enum.Enum):
     RULE_OFF = "rule-off"
     NOT_TRACKED = "weight-not-tracked"
     RANGE = "range-too-small"
+    SCALE_UNKNOWN = "scale-not-known"
+    CONDITION = "ill-conditioned"
     IN_BODY = "inside-a-body"
     STREAM_READ = "stream-read"
     POST_NORM = "post-norm-input"
@@ -153,6 +155,14 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.RANGE: Explanation(
         "A reader's weight is float16: the product with the norm's weight could exceed its range.",
         "Use bfloat16 or float32.",
+    ),
+    Refusal.SCALE_UNKNOWN: Explanation(
+        "A residual branch would be divided by the norm's scale, whose value is not at hand.",
+        "Compile with the parameters themselves, and leave the rule `hoist` on.",
+    ),
+    Refusal.CONDITION: Explanation(
+        "A residual branch would be divided by a scale that is zero, infinite or extreme.",
+        "Nothing to do; the norm stays, and the next ones begin anew.",
     ),
     Refusal.IN_BODY: Explanation(
         "The norm is in the body of an operator (a checkpoint), where weights are operands.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
@@ -239,3 +239,10 @@ def is_traceable(held: Any) -> bool:
 def is_symbolic(number: Any) -> bool:
     """Whether a number is known only as a symbol."""
     return isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast on a device; nothing where there is none in any case, as on `meta`."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

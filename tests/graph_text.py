@@ -32,6 +32,7 @@ def stages_of(
             Options.parse({"rules": rules}),
             journals[0],
             tracked=weights_are_tracked(gm, example_inputs),
+            inputs=example_inputs,
             observe=observe,
         )
         return gm

@@ -116,6 +116,42 @@ def test_a_static_affine_goes_into_the_linear_before_it():
     assert (before - after).expand() == sp.zeros(rows, 1)
 
 
+def test_a_post_norm_stream_telescopes():
+    """Two blocks n(h + B f(A h + a) + b) with any f: no norm is left but for one scale and shift."""
+    width = 2
+    function = sp.Function("f")
+
+    def column(name):
+        return sp.Matrix(sp.symbols(f"{name}0:{width}"))
+
+    def square(name):
+        return sp.Matrix(width, width, sp.symbols(f"{name}0:{width * width}"))
+
+    def branch(h, a_weight, a_bias, b_weight, b_bias):
+        return b_weight * (a_weight * h + a_bias).applyfunc(function) + b_bias
+
+    x = column("x")
+    a, b = (square("A"), square("C")), (square("B"), square("D"))
+    a_bias, b_bias = (column("a"), column("c")), (column("b"), column("d"))
+    scale, mu, shift = ([column(name + "p"), column(name + "q")] for name in ("s", "m", "t"))
+    h = x
+    for layer in range(2):
+        summed = h + branch(h, a[layer], a_bias[layer], b[layer], b_bias[layer])
+        h = sp.diag(*scale[layer]) * (summed - mu[layer]) + shift[layer]
+
+    one = sp.diag(*scale[0])
+    u = x + branch(x, a[0], a_bias[0], b[0], b_bias[0] - mu[0])
+    u = u + branch(
+        u,
+        a[1] * one,
+        a_bias[1] + a[1] * shift[0],
+        one.inv() * b[1],
+        one.inv() * (b_bias[1] + shift[0] - mu[1]),
+    )
+    telescoped = sp.diag(*scale[1]) * one * u + shift[1]
+    assert (h - telescoped).applyfunc(sp.simplify) == sp.zeros(width, 1)
+
+
 def test_a_linear_with_centred_columns_has_a_centred_output():
     rows = 3
     weight = sp.Matrix(rows, N, sp.symbols(f"w0:{rows * N}"))

@@ -10,6 +10,9 @@ RULES: dict[str, str] = {
     "fold-statistics-into-previous": (
         "a norm whose statistics are given into the linear operator or convolution before it"
     ),
+    "telescope": (
+        "a norm whose statistics are given into all that comes after it, through residual adds"
+    ),
     "fold-affine-into-linear": (
         "a norm's weight and bias into the linear operators and convolutions after it"
     ),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from normfx import graph as g
+
+aten = torch.ops.aten
 
 
 class Emitter:
@@ -31,9 +34,25 @@ class Emitter:
         made.meta["normfx_rule"] = self.rule
         return made
 
+    def exact(self, weight: fx.Node) -> fx.Node:
+        """A weight in float64: the very node that it was rounded from, where a rule has made it."""
+        source = weight.args[0] if weight.args else None
+        is_made = bool(weight.meta.get("normfx_rule")) and g.is_call(weight, aten.to.dtype)
+        is_rounded = is_made and weight.args[1] is not torch.float64
+        if is_rounded and isinstance(source, fx.Node) and source.meta.get("normfx_rule"):
+            return source
+        return self(aten.to.dtype, weight, torch.float64)
+
     def _with_memory(self, like: torch.Tensor) -> torch.Tensor:
         """The value itself, or one laid out densely for one that repeats the same memory."""
         if 0 not in like.stride():
             return like
         with g.fake_mode(self.at), torch.no_grad():
             return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def erase_unused(graph: fx.Graph, kept: Sequence[fx.Node]) -> None:
+    """Erases what rules made for operators that then got other weights, but for what is kept."""
+    for node in reversed(graph.nodes):
+        if node.meta.get("normfx_rule") and not node.users and node not in kept:
+            graph.erase_node(node)

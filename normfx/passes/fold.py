@@ -223,21 +223,21 @@ def reader_of(
 def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
     weight, bias = node.args[1], node.args[2]
     for reader in readers:
-        _fold_into(graph, reader, weight, bias)
+        fold_into(graph, reader, weight, bias)
     spec: Any = node.kwargs["spec"]
     # the dtype of the result stays that of the norm with its affine part
     node.args = (node.args[0], None, None, *node.args[3:])
     node.kwargs = {**node.kwargs, "spec": spec._replace(affine_dim=None)}
 
 
-def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
+def fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
     """Gives a reader the weight and bias that it has with the norm's: W diag(s) and c + W t."""
     node = reader.node
     held: Any = g.tensor(reader.weight)
     shift: Any = None
     with graph.inserting_before(node):
         emit = Emitter(graph, node, RULE)
-        exact = emit(aten.to.dtype, reader.weight, torch.float64)
+        exact = emit.exact(reader.weight)
         shape = [1] * held.dim()
         shape[reader.dim] = -1
         if reader.groups > 1:  # (out, in of a group, ...): outputs by group
@@ -258,7 +258,7 @@ def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
             over = [d for d in range(held.dim()) if d != reader.out]
             shift = emit(aten.sum.dim_IntList, product, over)
             if reader.bias is not None:
-                given = emit(aten.to.dtype, reader.bias, torch.float64)
+                given = emit.exact(reader.bias)
                 shift = emit(aten.add.Tensor, shift, given)
             like = g.value(reader.bias) if reader.bias is not None else _column(reader)
             shift = emit(aten.to.dtype, shift, like.dtype, like=like)
@@ -300,8 +300,9 @@ def give(graph: fx.Graph, reader: Reader, weight: fx.Node, bias: fx.Node | None)
     elif bias is reader.bias:
         node.args = (source, weight, *node.args[2:])
     else:  # a bias is made: the product becomes a linear layer, which adds it in its epilogue
-        with graph.inserting_before(node):
-            transposed = Emitter(graph, node, RULE)(aten.t.default, weight)
+        with graph.inserting_before(node), g.fake_mode(node), torch.no_grad():
+            held: Any = g.value(weight)
+            transposed = Emitter(graph, node, RULE)(aten.t.default, weight, like=held.t())
         node.target = aten.linear.default
         node.args = (source, transposed, bias)
 

@@ -23,6 +23,7 @@ from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.channels import channel_dim
 from normfx.passes.emit import Emitter
+from normfx.passes.values import Values
 from normfx.passes.verdict import Refused, change, refuse
 from normfx.record import Refusal
 
@@ -97,7 +98,23 @@ def _check(
     *,
     blocked: Refusal | None,
 ) -> Writer | Refused:
-    if not options.allows(RULE):
+    channel = given_channel(node, constant, options, RULE, blocked=blocked)
+    if isinstance(channel, Refused):
+        return channel
+    spec: Any = node.kwargs["spec"]
+    return writer_of(node, node.args[0], channel, spec.out_dtype, constant, written)
+
+
+def given_channel(
+    node: fx.Node,
+    constant: set[fx.Node],
+    options: Options,
+    rule: str,
+    *,
+    blocked: Refusal | None,
+) -> int | Refused:
+    """The dim that s and t of a norm with given statistics run along, if a rule may use them."""
+    if not options.allows(rule):
         return Refused(Refusal.RULE_OFF, node)
     if blocked is not None:
         return Refused(blocked, node)
@@ -111,11 +128,36 @@ def _check(
     for operand in operands:
         if operand is not None and operand not in constant:
             return Refused(Refusal.NOT_CONSTANT, operand)
+    channel = channel_of(node)
+    return Refused(Refusal.CHANNELS_MIXED, node) if channel is None else channel
+
+
+def channel_of(node: fx.Node) -> int | None:
+    """The dim that numbers the channels of a norm with given statistics, if there is just one."""
+    spec: Any = node.kwargs["spec"]
+    operands: Any = node.args[1:]
     given = operands[:3] + operands[5:] if spec.statistic == "running" else operands
-    channel = channel_dim(node, given)  # the statistics themselves are one for each channel
-    if channel is None:
-        return Refused(Refusal.CHANNELS_MIXED, node)
-    reader, source = node, node.args[0]
+    return channel_dim(node, given)  # the statistics themselves are one for each channel
+
+
+def writer_of(
+    reader: fx.Node,
+    source: Any,
+    channel: int,
+    dtype: Any,
+    constant: set[fx.Node],
+    written: set[int | None],
+) -> Writer | Refused:
+    """The operator that makes the channels of what a reader reads, if it may make others.
+
+    Args:
+        reader: reads them; nothing else does.
+        source: what it reads.
+        channel: the dim of the source that numbers the channels.
+        dtype: of the source, and of all between it and the operator.
+        constant: the nodes whose value depends on parameters alone.
+        written: the storages that are written to.
+    """
     while True:
         assert isinstance(source, fx.Node)
         if len(source.users) > 1:
@@ -123,12 +165,12 @@ def _check(
             return Refused(Refusal.EXTRA_USER, others[0])
         if g.storage(source) in written:
             return Refused(Refusal.MUTATED, source)
-        if g.dtype(source) != spec.out_dtype:
+        if g.dtype(source) != dtype:
             return Refused(Refusal.NOT_LINEAR_BEFORE, source)
         writer = _writer(source, channel)
         if isinstance(writer, Writer):
             break
-        before = _moved(source, channel)
+        before = moved_from(source, channel)
         if writer is not None or before is None:
             return writer or Refused(Refusal.NOT_LINEAR_BEFORE, source)
         if before < 0:
@@ -139,18 +181,18 @@ def _check(
     if g.dtype(writer.weight) is torch.float16:
         return Refused(Refusal.RANGE, writer.node)
     # `linear` and `addmm` broadcast a bias: one for each row would be no bias after the scale
-    if writer.bias is not None and g.shape(writer.bias) != (_channels(writer),):
+    if writer.bias is not None and g.shape(writer.bias) != (channels_of(writer),):
         return Refused(Refusal.NOT_LINEAR_BEFORE, writer.node)
     return writer
 
 
-def _channels(writer: Writer) -> Any:
+def channels_of(writer: Writer) -> Any:
     """How many channels an operator makes."""
     shape: Any = g.shape(writer.weight)
     return shape[writer.dim] * writer.groups
 
 
-def _moved(node: fx.Node, dim: int) -> int | None:
+def moved_from(node: fx.Node, dim: int) -> int | None:
     """Where a dim was before a view or a copy: -1 if it was none; None for another operator."""
     packet, shape = g.packet(node), g.shape(node)
     if packet in _COPIES:
@@ -204,8 +246,8 @@ def _replace(graph: fx.Graph, node: fx.Node, writer: Writer) -> None:
     _bring_up(node, writer.node)
     with graph.inserting_before(writer.node):
         emit = Emitter(graph, writer.node, RULE)
-        scale, shift = _scale_and_shift(emit, node, _channels(writer))
-        _scale_weight(emit, writer, scale, shift)
+        scale, shift = _scale_and_shift(emit, node, channels_of(writer))
+        scale_weight(emit, writer, scale, shift)
     source = node.args[0]
     assert isinstance(source, fx.Node)
     spec: Any = node.kwargs["spec"]
@@ -232,6 +274,20 @@ def _bring_up(node: fx.Node, writer: fx.Node) -> None:
 
 def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.Node, Any]:
     """(s, t) of s * x + t, in float64, one number for each channel; t is None for zero."""
+    scale, mean, shift = given_affine(emit, node, channels)
+    if mean is not None:
+        moved = emit(aten.mul.Tensor, mean, scale)
+        shift = (
+            emit(aten.neg.default, moved) if shift is None else emit(aten.sub.Tensor, shift, moved)
+        )
+    return scale, shift
+
+
+def given_affine(emit: Emitter | Values, node: fx.Node, channels: int) -> tuple[Any, Any, Any]:
+    """(s, m, b) of s * (x - m) + b, in float64, one number for each channel; None for zero.
+
+    As new nodes, or as the numbers they have now.
+    """
     spec: Any = node.kwargs["spec"]
     weight, bias, eps, mean, square = (
         None if operand is None else _row(emit, operand, channels) for operand in node.args[1:6]
@@ -245,44 +301,28 @@ def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.No
     if scale is not None and spec.scale != 1.0:
         scale = emit(aten.mul.Tensor, scale, spec.scale)
     assert scale is not None  # a static norm has its root in its weight
-    shift: Any = bias
-    if mean is not None:
-        moved = emit(aten.mul.Tensor, mean, scale)
-        shift = (
-            emit(aten.neg.default, moved) if bias is None else emit(aten.sub.Tensor, bias, moved)
-        )
-    return scale, shift
+    return scale, mean, bias
 
 
-def _row(emit: Emitter, operand: Any, channels: int) -> fx.Node:
+def _row(emit: Emitter | Values, operand: Any, channels: int) -> fx.Node:
     """An operand in float64, as one number for each channel."""
     row = emit(aten.reshape.default, emit(aten.to.dtype, operand, torch.float64), [-1])
     return emit(aten.expand.default, row, [channels])
 
 
-def _scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> None:
+def scale_weight(emit: Emitter, writer: Writer, scale: Any, shift: Any) -> None:
+    """Makes an operator compute s * y + t in place of y; None for no scale or shift."""
     node, weight, bias = writer.node, writer.weight, writer.bias
-    shape: Any = g.shape(weight)
-    dtype = g.dtype(weight)
-    exact = emit(aten.to.dtype, weight, torch.float64)
-    if writer.groups > 1:  # (in, out of a group, ...): a number for each group and each out
-        exact = emit(aten.unflatten.int, exact, 0, [writer.groups, -1])
-        scale_shape: list[Any] = [writer.groups, 1, shape[1], *[1] * (len(shape) - 2)]
-    else:
-        scale_shape: list[Any] = [1] * len(shape)
-        scale_shape[writer.dim] = shape[writer.dim]
-    product = emit(aten.mul.Tensor, exact, emit(aten.reshape.default, scale, scale_shape))
-    if writer.groups > 1:
-        product = emit(aten.flatten.using_ints, product, 0, 1)
-    folded = emit(aten.to.dtype, product, dtype, like=g.value(weight))
-    if bias is not None:
-        scaled = emit(aten.mul.Tensor, emit(aten.to.dtype, bias, torch.float64), scale)
+    folded = weight if scale is None else _scaled(emit, writer, scale)
+    if bias is not None and (scale is not None or shift is not None):
+        exact = emit.exact(bias)
+        scaled = exact if scale is None else emit(aten.mul.Tensor, exact, scale)
         shift = scaled if shift is None else emit(aten.add.Tensor, shift, scaled)
     if shift is not None:
         like = g.value(bias)
         if like is None:
             with g.fake_mode(weight), torch.no_grad():
-                like = g.value(weight).new_empty(_channels(writer))
+                like = g.value(weight).new_empty(channels_of(writer))
         shift = emit(aten.to.dtype, shift, like.dtype, like=like)
     packet = g.packet(node)
     if packet is aten.addmm:
@@ -296,3 +336,20 @@ def _scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> 
         node.args = (node.args[0], transposed, shift)
     else:
         node.args = (node.args[0], folded, shift, *node.args[3:])
+
+
+def _scaled(emit: Emitter, writer: Writer, scale: fx.Node) -> fx.Node:
+    """The weight of an operator with each channel that it makes scaled."""
+    weight = writer.weight
+    shape: Any = g.shape(weight)
+    exact = emit.exact(weight)
+    if writer.groups > 1:  # (in, out of a group, ...): a number for each group and each out
+        exact = emit(aten.unflatten.int, exact, 0, [writer.groups, -1])
+        scale_shape: list[Any] = [writer.groups, 1, shape[1], *[1] * (len(shape) - 2)]
+    else:
+        scale_shape: list[Any] = [1] * len(shape)
+        scale_shape[writer.dim] = shape[writer.dim]
+    product = emit(aten.mul.Tensor, exact, emit(aten.reshape.default, scale, scale_shape))
+    if writer.groups > 1:
+        product = emit(aten.flatten.using_ints, product, 0, 1)
+    return emit(aten.to.dtype, product, g.dtype(weight), like=g.value(weight))

@@ -10,6 +10,7 @@ its own. Only without gradients: with them, the computation must stay where auto
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,20 +63,27 @@ class Hoisted:
         compute: from the parameters at `positions` to the new inputs, in order.
         positions: indices of the inputs that the captured graph had before.
         values: what the new inputs look like (fake tensors).
+        conditions: how many further outputs `compute` has: each says whether the captured graph is
+            right for these parameters.
     """
 
     compute: fx.GraphModule
     positions: tuple[int, ...]
     values: tuple[torch.Tensor, ...]
+    conditions: int = 0
 
 
-def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
+def hoist(
+    gm: fx.GraphModule, journal: Journal, conditions: Sequence[fx.Node] = ()
+) -> Hoisted | None:
     """Moves every parameter-only computation out of the graph.
 
     Args:
         gm: a graph without gradients; changed in place: it gets one more input for each hoisted
             value.
         journal: gets the number of hoisted tensors and their bytes.
+        conditions: nodes that read only parameters, each a truth value that rules rely on. They
+            leave the graph.
 
     Returns:
         What makes the new inputs, or None if there is nothing to hoist.
@@ -83,11 +91,12 @@ def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
     graph = gm.graph
     constant = g.parameter_only(graph)
     targets = _targets(graph, constant)
-    if not targets:
+    outputs = [*targets, *conditions]
+    if not outputs:
         return None
     placeholders = list(graph.find_nodes(op="placeholder"))
-    needed = _behind(targets)
-    compute = _copied(gm, needed, targets)
+    needed = behind(outputs)
+    compute = _copied(gm, needed, outputs)
     last = placeholders[-1]
     values = []
     for index, node in enumerate(targets):
@@ -104,17 +113,17 @@ def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
     positions = tuple(i for i, node in enumerate(placeholders) if node in needed)
     order = {node: index for index, node in enumerate(graph.nodes)}
     g.erase_dead([n for n in needed if n.op == "call_function"], order)
-    return Hoisted(compute, positions, tuple(values))
+    return Hoisted(compute, positions, tuple(values), len(conditions))
 
 
-def _copied(gm: fx.GraphModule, needed: set[fx.Node], targets: list[fx.Node]) -> fx.GraphModule:
+def _copied(gm: fx.GraphModule, needed: set[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
     """A graph module of its own for these nodes."""
     compute = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node in needed:
             copies[node] = compute.node_copy(node, lambda n: copies[n])
-    compute.output(tuple(copies[node] for node in targets))
+    compute.output(tuple(copies[node] for node in outputs))
     return fx.GraphModule(gm, compute)
 
 
@@ -160,12 +169,12 @@ def _is_hoistable(node: fx.Node) -> bool:
         or any(not isinstance(s, int) for s in held.shape)
     ):
         return False
-    inputs = [g.tensor(n) for n in _behind([node]) if n.op == "placeholder"]
+    inputs = [g.tensor(n) for n in behind([node]) if n.op == "placeholder"]
     size = sum(t.numel() for t in inputs if t is not None)
     return bool(inputs) and held.numel() <= MAX_GROWTH * size
 
 
-def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
+def behind(nodes: list[fx.Node]) -> set[fx.Node]:
     """These nodes and everything they are computed from."""
     seen, pending = set(nodes), list(nodes)
     while pending:
