@@ -82,12 +82,13 @@ def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
     """
     graph = gm.graph
     constant = g.parameter_only(graph)
+    _merge(graph, constant)
     targets = _targets(graph, constant)
     if not targets:
         return None
     placeholders = list(graph.find_nodes(op="placeholder"))
     needed = _behind(targets)
-    compute = _copied(gm, needed, targets)
+    compute = computing(gm, targets)
     last = placeholders[-1]
     values = []
     for index, node in enumerate(targets):
@@ -107,8 +108,29 @@ def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
     return Hoisted(compute, positions, tuple(values))
 
 
-def _copied(gm: fx.GraphModule, needed: set[fx.Node], targets: list[fx.Node]) -> fx.GraphModule:
-    """A graph module of its own for these nodes."""
+def _merge(graph: fx.Graph, constant: set[fx.Node]) -> None:
+    """Leaves one of several equal computations, so that there is one copy of what they make.
+
+    A weight that is used with one norm at several depths is folded once at each of them.
+    """
+    # the caller may write to one of two equal results, which must not be seen in the other
+    returned = {g.storage(node) for node in graph.output_node().all_input_nodes} - {None}
+    first: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node not in constant or node.op == "placeholder" or g.storage(node) in returned:
+            continue
+        # as text: 1, 1.0 and True are equal, but not the same argument
+        call = repr((node.op, str(node.target), node.args, sorted(node.kwargs.items())))
+        same = first.setdefault(call, node)
+        if same is not node:
+            node.replace_all_uses_with(same, propagate_meta=False)
+            graph.erase_node(node)
+            constant.discard(node)
+
+
+def computing(gm: fx.GraphModule, targets: list[fx.Node]) -> fx.GraphModule:
+    """A graph module of its own that makes these values, from the inputs that they depend on."""
+    needed = _behind(targets)
     compute = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
