@@ -89,6 +89,7 @@ def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
     placeholders = list(graph.find_nodes(op="placeholder"))
     needed = _behind(targets)
     compute = computing(gm, targets)
+    returned = _returned(graph, constant)
     last = placeholders[-1]
     values = []
     for index, node in enumerate(targets):
@@ -96,6 +97,7 @@ def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
             last = graph.placeholder(f"normfx_hoisted_{index}")
         g.inherit_meta(last, node)
         mark_static(last)
+        _give_back(graph, node, last, returned)
         node.replace_all_uses_with(last, propagate_meta=False)
         held = g.tensor(node)
         assert held is not None
@@ -140,18 +142,38 @@ def computing(gm: fx.GraphModule, targets: list[fx.Node]) -> fx.GraphModule:
     return fx.GraphModule(gm, compute)
 
 
+def _returned(graph: fx.Graph, constant: set[fx.Node]) -> set[fx.Node]:
+    """The output, and the views between a computed value and the output."""
+    found = {graph.output_node()}
+    for node in graph.output_node().all_input_nodes:
+        while node in constant and _computed(node) not in (None, node):
+            found.add(node)
+            node = node.all_input_nodes[0]
+    return found
+
+
+def _give_back(graph: fx.Graph, node: fx.Node, hoisted: fx.Node, returned: set[fx.Node]) -> None:
+    """Returns a copy to the caller, who may write to it and owns it; one at each call."""
+    readers = [user for user in node.users if user in returned]
+    if not readers:
+        return
+    with graph.inserting_before(node):
+        copied = graph.call_function(aten.clone.default, (hoisted,))
+    g.inherit_meta(copied, node)
+    for reader in readers:
+        reader.replace_input_with(node, copied)
+
+
 def _targets(graph: fx.Graph, constant: set[fx.Node]) -> list[fx.Node]:
     """The computed values that the rest of the graph reads, in order."""
     found: dict[fx.Node, None] = {}
-    # what the caller gets may be written to, and is the caller's: it is made anew at every call
-    returned = {_computed(node) for node in graph.output_node().all_input_nodes if node in constant}
     for node in graph.nodes:
         if node not in constant or node.op != "call_function":
             continue
         if all(user in constant for user in node.users):
             continue
         base = _computed(node)
-        if base is not None and base not in found and base not in returned and _is_hoistable(base):
+        if base is not None and base not in found and _is_hoistable(base):
             found[base] = None
     return [node for node in graph.nodes if node in found]
 
