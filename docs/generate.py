@@ -113,7 +113,8 @@ def rules_page() -> str:
 def refusing_stages() -> dict[str, set[str]]:
     """The stages whose files name a refusal, by the member's name."""
     found: dict[str, set[str]] = {}
-    for path in (PACKAGE / "pipeline.py", *sorted((PACKAGE / "passes").rglob("*.py"))):
+    passes = sorted((PACKAGE / "passes").rglob("*.py"))
+    for path in (PACKAGE / "pipeline.py", PACKAGE / "bake.py", *passes):
         stage = "recognise" if path.stem in RECOGNITION else path.stem
         if stage == "pipeline":  # the reasons why a whole graph is not folded
             stage = "fold"

@@ -16,10 +16,12 @@ from torch import fx
 from normfx.errors import StageError
 from normfx.live import LiveWeights
 from normfx.options import Options
+from normfx.passes.neutral import marked_inputs
 from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal
 from normfx.reports import REPORTS, payload
 from normfx.torch_internals import (
+    compile_alone,
     compile_with_inductor,
     fakes_for_aot,
     inductor_settings,
@@ -85,13 +87,24 @@ def _compile(
 ) -> Callable[..., Any]:
     frozen = options.weights == "frozen"
     tracked = frozen or weights_are_tracked(gm, example_inputs)
-    rewritten = rewrite(gm, options, journal, tracked=tracked)
+    marked = marked_inputs(gm, example_inputs)
+    rewritten = rewrite(gm, options, journal, tracked=tracked, marked=marked)
     hoisted = rewritten.hoisted
     compiled: Callable[..., Any] = rewritten.module
     if options.lowering == "inductor":
         further = fakes_for_aot(hoisted.values) if hoisted is not None else []
         compiled = compile_with_inductor(rewritten.module, [*example_inputs, *further], settings)
-    return compiled if hoisted is None else LiveWeights(hoisted, frozen=frozen).wrap(compiled)
+    if hoisted is None and not rewritten.assumed:
+        return compiled
+    live = LiveWeights(hoisted, frozen=frozen, assumed=rewritten.assumed)
+    return live.wrap(compiled, otherwise=_without_assumptions(gm, options))
+
+
+def _without_assumptions(gm: fx.GraphModule, options: Options) -> Callable[..., Any]:
+    """The graph as it came, for calls with parameters that are not what was assumed of them."""
+    if options.lowering == "eager":
+        return gm
+    return compile_alone(gm, "inductor", None)  # at the first such call, if there is one
 
 
 def _log(journal: Journal) -> None:

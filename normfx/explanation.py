@@ -10,6 +10,7 @@ from torch import fx
 
 from normfx.errors import StageError
 from normfx.options import Options
+from normfx.passes.neutral import marked_inputs
 from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal
 from normfx.reports import Report
@@ -48,7 +49,8 @@ def explain(
             journal = Journal()
             tracked = parsed.weights == "frozen" or weights_are_tracked(gm, example_inputs)
             try:
-                rewrite(gm, parsed, journal, tracked=tracked)
+                marked = marked_inputs(gm, example_inputs)
+                rewrite(gm, parsed, journal, tracked=tracked, marked=marked)
             except StageError as error:
                 if parsed.strict:
                     raise

@@ -10,6 +10,9 @@ on the CPU, where that needs no synchronisation.
 Dynamo runs the same compiled code for every module that its guards admit, so the parameters of a
 call may be those of another model, or of the next block. Each set of parameters has hoisted tensors
 of its own, for as long as its parameters live.
+
+A graph may be right only for parameters that are one number (what `bake_` made neutral). These are
+read at the same time, and where they are something else, the graph runs as it came.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from normfx.passes.hoist import Hoisted
+from normfx.passes.neutral import is_uniform
 
 _alive: weakref.WeakSet[LiveWeights] = weakref.WeakSet()
 _alive_lock = threading.Lock()
@@ -37,9 +41,19 @@ class _Entry:
             memory of one is gone, so that an address that comes back is not mistaken for the old.
         copies: position and value of those that may change without a new version.
         hoisted: what was made from them.
+        holds: whether they are what the compiled graph assumes of them.
     """
 
-    __slots__ = ("__weakref__", "_positions", "_storages", "copies", "hoisted", "owners", "seen")
+    __slots__ = (
+        "__weakref__",
+        "_positions",
+        "_storages",
+        "copies",
+        "hoisted",
+        "holds",
+        "owners",
+        "seen",
+    )
 
     def __init__(self, positions: tuple[int, ...] = (), owners: tuple[Any, ...] = ()) -> None:
         self._positions = positions
@@ -47,6 +61,7 @@ class _Entry:
         self.seen: tuple[tuple[int, Any, int, int], ...] = ()
         self.copies: tuple[tuple[int, torch.Tensor], ...] = ()
         self.hoisted: tuple[torch.Tensor, ...] = ()
+        self.holds = True
         self._storages: tuple[Any, ...] = ()
 
     def look(self, tensors: list[torch.Tensor], *, frozen: bool) -> None:
@@ -96,14 +111,22 @@ class LiveWeights:
     """Makes the hoisted inputs of a compiled graph, again after a change. Safe under threads.
 
     Args:
-        hoisted: what to compute, and from which arguments of a call.
+        hoisted: what to compute, and from which arguments of a call; None: nothing.
         frozen: never look for a change of parameters that were seen before.
+        assumed: arguments, by position, of which every element must be one number.
     """
 
-    def __init__(self, hoisted: Hoisted, *, frozen: bool) -> None:
-        self._compute = hoisted.compute
-        self._positions = hoisted.positions
-        self._strides = [value.stride() for value in hoisted.values]
+    def __init__(
+        self,
+        hoisted: Hoisted | None,
+        *,
+        frozen: bool,
+        assumed: Mapping[int, float] | None = None,
+    ) -> None:
+        self._hoisted = hoisted
+        self._assumed = dict(assumed or {})
+        made_from = () if hoisted is None else hoisted.positions
+        self._positions = (*made_from, *(p for p in self._assumed if p not in made_from))
         self._frozen = frozen
         self._lock = (
             threading.RLock()
@@ -113,14 +136,27 @@ class LiveWeights:
         with _alive_lock:
             _alive.add(self)
 
-    def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled callable, with its hoisted inputs made from the parameters of each call."""
+    def wrap(
+        self, call: Callable[..., Any], otherwise: Callable[..., Any] | None = None
+    ) -> Callable[..., Any]:
+        """The compiled callable, with its hoisted inputs made from the parameters of each call.
+
+        Args:
+            call: the compiled graph, which takes the hoisted inputs last.
+            otherwise: what runs where an assumption does not hold, on the graph's own inputs.
+        """
+
+        def run(entry: _Entry, args: tuple[Any, ...]) -> Any:
+            if entry.holds:
+                return call(*args, *entry.hoisted)
+            assert otherwise is not None
+            return otherwise(*args)
 
         def with_live_weights(*args: Any) -> Any:
             entry = self._last
             seen = entry.seen
             if not seen:
-                return call(*args, *self._refreshed(args))
+                return run(self._refreshed(args), args)
             for index, owner, version, pointer in seen:
                 argument = args[index]
                 if (
@@ -128,17 +164,17 @@ class LiveWeights:
                     or argument.data_ptr() != pointer
                     or argument is not owner()
                 ):
-                    return call(*args, *self._refreshed(args))
+                    return run(self._refreshed(args), args)
             if entry.copies and not entry.keeps_values(args):
-                return call(*args, *self._refreshed(args))
-            return call(*args, *entry.hoisted)
+                return run(self._refreshed(args), args)
+            return run(entry, args)
 
         def with_frozen_weights(*args: Any) -> Any:
             entry = self._last
             seen = entry.seen
             if seen and all(args[index] is owner() for index, owner, _, _ in seen):
-                return call(*args, *entry.hoisted)
-            return call(*args, *self._refreshed(args))
+                return run(entry, args)
+            return run(self._refreshed(args), args)
 
         return with_frozen_weights if self._frozen else with_live_weights
 
@@ -148,24 +184,18 @@ class LiveWeights:
             for entry in (self._last, *self._entries.values()):
                 entry.seen = ()
 
-    def _refreshed(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-        """The hoisted tensors of these parameters, at the same addresses if they had some."""
+    def _refreshed(self, args: tuple[Any, ...]) -> _Entry:
+        """The entry of these parameters; hoisted tensors keep their addresses."""
         tensors = [args[index] for index in self._positions]
         with self._lock:
             entry = self._entry(tensors)
             if not entry.is_fresh(tensors, frozen=self._frozen):
-                made = self._run(tensors)
-                if [(t.device, t.dtype) for t in entry.hoisted] == [
-                    (t.device, t.dtype) for t in made
-                ]:
-                    with torch.inference_mode(False), torch.no_grad():
-                        for old, new in zip(entry.hoisted, made, strict=True):
-                            old.copy_(new)
-                else:
-                    entry.hoisted = made
+                entry.holds = all(is_uniform(args[p], v) for p, v in self._assumed.items())
+                if entry.holds and self._hoisted is not None:
+                    entry.hoisted = _into(entry.hoisted, self._run(tensors))
                 entry.look(tensors, frozen=self._frozen)
             self._last = entry
-            return entry.hoisted
+            return entry
 
     def _entry(self, tensors: list[torch.Tensor]) -> _Entry:
         """The entry of these parameters. It goes when one of them does."""
@@ -188,15 +218,30 @@ class LiveWeights:
         return entry
 
     def _run(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        with torch.inference_mode(False), torch.no_grad(), _without_autocast(tensors[0].device):
-            made = self._compute(*tensors)
+        hoisted = self._hoisted
+        assert hoisted is not None
+        strides = [value.stride() for value in hoisted.values]
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(tensors[0].device):
+            made = hoisted.compute(*tensors[: len(hoisted.positions)])
             return tuple(
                 tensor if tensor.stride() == stride else _restrided(tensor, stride)
-                for tensor, stride in zip(made, self._strides, strict=True)
+                for tensor, stride in zip(made, strides, strict=True)
             )
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _into(
+    held: tuple[torch.Tensor, ...], made: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """New numbers at the addresses of the old ones, if there are any like them."""
+    if [(t.device, t.dtype) for t in held] != [(t.device, t.dtype) for t in made]:
+        return made
+    with torch.inference_mode(False), torch.no_grad():
+        for old, new in zip(held, made, strict=True):
+            old.copy_(new)
+    return held
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """No autocast on a device; nothing where there is none in any case, as on `meta`."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)

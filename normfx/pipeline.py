@@ -8,9 +8,9 @@ Each stage takes a graph that runs and leaves a graph that runs, and writes to t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from normfx.passes.fold import fold
 from normfx.passes.fold_back import fold_back
 from normfx.passes.hoist import Hoisted, hoist
 from normfx.passes.lower import lower
+from normfx.passes.neutral import neutral
 from normfx.passes.recognise import recognise
+from normfx.passes.verdict import Permit
 from normfx.record import Journal, Refusal
 from normfx.torch_internals import is_module_state
 
@@ -37,10 +39,17 @@ Observer = Callable[[str, fx.GraphModule], None]
 
 @dataclass(slots=True)
 class Rewritten:
-    """A graph after the last stage, and what has to run beside it."""
+    """A graph after the last stage, and what has to run beside it.
+
+    Attributes:
+        module: the graph.
+        hoisted: what makes its further inputs, or None if it has none.
+        assumed: the inputs, by position, of which every element must be one number.
+    """
 
     module: fx.GraphModule
     hoisted: Hoisted | None
+    assumed: Mapping[int, float] = field(default_factory=dict)
 
 
 def rewrite(
@@ -50,6 +59,8 @@ def rewrite(
     *,
     tracked: bool = True,
     in_body: bool = False,
+    marked: Mapping[int, float] | None = None,
+    permit: Permit | None = None,
     observe: Observer | None = None,
 ) -> Rewritten:
     """Runs every stage on dynamo's graph.
@@ -61,6 +72,8 @@ def rewrite(
         tracked: whether changes of the parameters can be noticed (or need not be).
         in_body: whether this is the body of an operator, whose operands are not known to be
             parameters.
+        marked: inputs that `bake_` has made one number, by their positions.
+        permit: may refuse a fold that is legal (see `fold`).
         observe: called with the name of each stage and its graph, for tests and diffs.
 
     Raises:
@@ -83,8 +96,9 @@ def rewrite(
     watch("recognise", captured)
     with _stage("fold", journal):
         blocked = _blocked(grad, tracked, in_body)
-        fold_back(captured, options, blocked=blocked)
-        fold(captured, options, blocked=blocked)
+        assumed = neutral(captured, options, marked or {}, blocked=blocked)
+        fold_back(captured, options, blocked=blocked, permit=permit)
+        fold(captured, options, blocked=blocked, permit=permit)
     watch("fold", captured)
     hoisted = None
     with _stage("hoist", journal):
@@ -96,7 +110,7 @@ def rewrite(
         captured.graph.lint()
         captured.recompile()
     watch("lower", captured)
-    return Rewritten(captured, hoisted)
+    return Rewritten(captured, hoisted, assumed)
 
 
 def _blocked(grad: bool, tracked: bool, in_body: bool) -> Refusal | None:

@@ -165,7 +165,9 @@ def mark_static(placeholder: fx.Node) -> None:
     placeholder._dynamo_source = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def compile_alone(model: Any, backend: Any, dynamic: bool | None) -> Any:
+def compile_alone(
+    model: Any, backend: Any, dynamic: bool | None, *, fullgraph: bool = False
+) -> Any:
     """torch.compile, so that what is compiled does not count towards the recompile limit of others.
 
     Before torch 2.12 it does: dynamo then stops after some eight calls on one model.
@@ -173,7 +175,14 @@ def compile_alone(model: Any, backend: Any, dynamic: bool | None) -> Any:
     settings: Any = {"isolate_recompiles": True}
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
         settings = {}
-    return torch.compile(model, backend=backend, dynamic=dynamic, **settings)
+    return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph, **settings)
+
+
+def dynamo_error() -> type[Exception]:
+    """The base of what dynamo raises where it cannot make one graph of a call."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
 
 
 def fakes_for_aot(values: Any) -> list[Any]:

@@ -464,7 +464,7 @@ def test_hoisted_tensors_go_with_their_model(monkeypatch):
 
     def watched(self, args):
         made = refreshed(self, args)
-        hoisted.append([weakref.ref(tensor) for tensor in made])
+        hoisted.append([weakref.ref(tensor) for tensor in made.hoisted])
         return made
 
     monkeypatch.setattr(LiveWeights, "_refreshed", watched)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # rule -> what it does, in the order the pipeline runs them
 RULES: dict[str, str] = {
+    "drop-baked": "what `normfx.bake_` made neutral leaves the norm, for as long as it is so",
     "fold-statistics-into-previous": (
         "a norm whose statistics are given into the linear operator or convolution before it"
     ),

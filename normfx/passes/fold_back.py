@@ -23,7 +23,7 @@ from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.channels import channel_dim
 from normfx.passes.emit import Emitter
-from normfx.passes.verdict import Refused, change, refuse
+from normfx.passes.verdict import Permit, Refused, change, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -55,14 +55,27 @@ class Writer:
     dim: int
     groups: int = 1
 
+    @property
+    def channels(self) -> Any:
+        """How many channels the operator makes."""
+        shape: Any = g.shape(self.weight)
+        return shape[self.dim] * self.groups
 
-def fold_back(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
+
+def fold_back(
+    gm: fx.GraphModule,
+    options: Options,
+    *,
+    blocked: Refusal | None,
+    permit: Permit | None = None,
+) -> None:
     """Folds every norm whose statistics are given into the operator before it, where it may.
 
     Args:
         gm: a graph with canonical nodes; changed in place.
         options: says whether the rule may run.
         blocked: why nothing may be folded in this graph (gradients flow, say), or None.
+        permit: may refuse a norm for reasons of its own; gets the node and its writer.
 
     Every norm with given statistics gets one record.
 
@@ -79,6 +92,8 @@ def fold_back(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) 
         if spec.statistic not in ("running", "static") or node.args[0] in constant:
             continue
         plan = _check(node, constant, written, options, blocked=blocked)
+        if permit is not None and not isinstance(plan, Refused):
+            plan = permit(node, plan) or plan
         if isinstance(plan, Refused):
             refuse(node, "fold", RULE, plan)
         else:
@@ -139,15 +154,9 @@ def _check(
     if g.dtype(writer.weight) is torch.float16:
         return Refused(Refusal.RANGE, writer.node)
     # `linear` and `addmm` broadcast a bias: one for each row would be no bias after the scale
-    if writer.bias is not None and g.shape(writer.bias) != (_channels(writer),):
+    if writer.bias is not None and g.shape(writer.bias) != (writer.channels,):
         return Refused(Refusal.NOT_LINEAR_BEFORE, writer.node)
     return writer
-
-
-def _channels(writer: Writer) -> Any:
-    """How many channels an operator makes."""
-    shape: Any = g.shape(writer.weight)
-    return shape[writer.dim] * writer.groups
 
 
 def _moved(node: fx.Node, dim: int) -> int | None:
@@ -204,7 +213,10 @@ def _replace(graph: fx.Graph, node: fx.Node, writer: Writer) -> None:
     _bring_up(node, writer.node)
     with graph.inserting_before(writer.node):
         emit = Emitter(graph, writer.node, RULE)
-        scale, shift = _scale_and_shift(emit, node, _channels(writer))
+        scale, shift = _scale_and_shift(emit, node, writer.channels)
+        if scale is None and node.args[4] is None and writer.bias is None:
+            if g.shape(node.args[2]) == (writer.channels,):
+                shift = node.args[2]  # as it is, without a copy
         _scale_weight(emit, writer, scale, shift)
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -230,8 +242,8 @@ def _bring_up(node: fx.Node, writer: fx.Node) -> None:
         writer.prepend(current)
 
 
-def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.Node, Any]:
-    """(s, t) of s * x + t, in float64, one number for each channel; t is None for zero."""
+def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[Any, Any]:
+    """(s, t) of s * x + t, in float64, a number for each channel; None for s = 1 and t = 0."""
     spec: Any = node.kwargs["spec"]
     weight, bias, eps, mean, square = (
         None if operand is None else _row(emit, operand, channels) for operand in node.args[1:6]
@@ -244,10 +256,9 @@ def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.No
             scale = emit(aten.mul.Tensor, scale, spec.scale)
     if weight is not None:
         scale = weight if scale is None else emit(aten.mul.Tensor, scale, weight)
-    assert scale is not None  # a static norm has its root in its weight
     shift: Any = bias
     if mean is not None:
-        moved = emit(aten.mul.Tensor, mean, scale)
+        moved = mean if scale is None else emit(aten.mul.Tensor, mean, scale)
         shift = (
             emit(aten.neg.default, moved) if bias is None else emit(aten.sub.Tensor, bias, moved)
         )
@@ -260,10 +271,10 @@ def _row(emit: Emitter, operand: Any, channels: int) -> fx.Node:
     return emit(aten.expand.default, row, [channels])
 
 
-def _scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> None:
-    node, weight, bias = writer.node, writer.weight, writer.bias
+def _scaled(emit: Emitter, writer: Writer, scale: fx.Node) -> fx.Node:
+    """The weight of an operator whose result is scaled."""
+    weight = writer.weight
     shape: Any = g.shape(weight)
-    dtype = g.dtype(weight)
     exact = emit(aten.to.dtype, weight, torch.float64)
     if writer.groups > 1:  # (in, out of a group, ...): a number for each group and each out
         exact = emit(aten.unflatten.int, exact, 0, [writer.groups, -1])
@@ -274,16 +285,24 @@ def _scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> 
     product = emit(aten.mul.Tensor, exact, emit(aten.reshape.default, scale, scale_shape))
     if writer.groups > 1:
         product = emit(aten.flatten.using_ints, product, 0, 1)
-    folded = emit(aten.to.dtype, product, dtype, like=g.value(weight))
+    return emit(aten.to.dtype, product, g.dtype(weight), like=g.value(weight))
+
+
+def _scale_weight(emit: Emitter, writer: Writer, scale: Any, shift: Any) -> None:
+    node, weight, bias = writer.node, writer.weight, writer.bias
+    folded = weight if scale is None else _scaled(emit, writer, scale)
     if bias is not None:
-        scaled = emit(aten.mul.Tensor, emit(aten.to.dtype, bias, torch.float64), scale)
+        scaled = emit(aten.to.dtype, bias, torch.float64)
+        if scale is not None:
+            scaled = emit(aten.mul.Tensor, scaled, scale)
         shift = scaled if shift is None else emit(aten.add.Tensor, shift, scaled)
     if shift is not None:
         like = g.value(bias)
         if like is None:
             with g.fake_mode(weight), torch.no_grad():
-                like = g.value(weight).new_empty(_channels(writer))
-        shift = emit(aten.to.dtype, shift, like.dtype, like=like)
+                like = g.value(weight).new_empty(writer.channels)
+        if g.dtype(shift) != like.dtype:
+            shift = emit(aten.to.dtype, shift, like.dtype, like=like)
     packet = g.packet(node)
     if packet is aten.addmm:
         node.args = (shift, node.args[1], folded)

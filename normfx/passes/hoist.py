@@ -22,7 +22,7 @@ from normfx.torch_internals import mark_static
 aten = torch.ops.aten
 
 # No computation, only another look at the same storage: not worth a buffer.
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {
         aten.view,
         aten.reshape,
@@ -87,7 +87,7 @@ def hoist(gm: fx.GraphModule, journal: Journal) -> Hoisted | None:
     if not targets:
         return None
     placeholders = list(graph.find_nodes(op="placeholder"))
-    needed = _behind(targets)
+    needed = g.behind(targets)
     compute = computing(gm, targets)
     returned = _returned(graph, constant)
     last = placeholders[-1]
@@ -132,7 +132,7 @@ def _merge(graph: fx.Graph, constant: set[fx.Node]) -> None:
 
 def computing(gm: fx.GraphModule, targets: list[fx.Node]) -> fx.GraphModule:
     """A graph module of its own that makes these values, from the inputs that they depend on."""
-    needed = _behind(targets)
+    needed = g.behind(targets)
     compute = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
@@ -185,10 +185,10 @@ def _computed(node: fx.Node) -> fx.Node | None:
         if current.op != "call_function":
             return None
         source = current.args[0] if current.args else None
-        is_view = g.packet(current) in _VIEWS or (
+        is_view = g.packet(current) in VIEWS or (
             current.target is operator.getitem
             and isinstance(source, fx.Node)
-            and g.packet(source) in _VIEWS
+            and g.packet(source) in VIEWS
         )
         if not is_view:
             return current
@@ -204,17 +204,6 @@ def _is_hoistable(node: fx.Node) -> bool:
         or any(not isinstance(s, int) for s in held.shape)
     ):
         return False
-    inputs = [g.tensor(n) for n in _behind([node]) if n.op == "placeholder"]
+    inputs = [g.tensor(n) for n in g.behind([node]) if n.op == "placeholder"]
     size = sum(t.numel() for t in inputs if t is not None)
     return bool(inputs) and held.numel() <= MAX_GROWTH * size
-
-
-def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
-    """These nodes and everything they are computed from."""
-    seen, pending = set(nodes), list(nodes)
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                pending.append(source)
-    return seen

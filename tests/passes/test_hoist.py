@@ -26,9 +26,7 @@ def left_inside(model, *inputs):
     found, journal = [], Journal()
 
     def backend(gm, example_inputs):
-        rewritten = rewrite(
-            gm, Options(), journal, tracked=weights_are_tracked(gm, example_inputs)
-        )
+        rewritten = rewrite(gm, Options(), journal, tracked=weights_are_tracked(gm, example_inputs))
         graph = rewritten.module.graph
         state = g.parameter_only(graph)
         found.extend(

@@ -1,0 +1,187 @@
+"""Neutral: parameters that `bake_` left without effect are taken out of their norms.
+
+    norm(x; 1, 0) = norm(x)          (x - 0) / sqrt((1 - eps) + eps) * 1 + 0 = x
+
+`bake_` marks such a parameter with the one number that all of its elements have. A graph that is
+compiled later drops it, so that no product with ones is folded, which would be a copy of the next
+weight. The numbers are read when the graph is compiled, and may change after: what is returned here
+is an assumption, which `live.LiveWeights` holds against the parameters of every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from normfx import graph as g
+from normfx.ops import norm
+from normfx.options import Options
+from normfx.passes.verdict import change
+from normfx.record import Refusal
+from normfx.torch_internals import is_module_state
+
+RULE = "drop-baked"
+
+_MARK = "_normfx_neutral"
+
+# Of (weight, bias, eps, mean, square) of a norm: where each stands among its arguments.
+WEIGHT, BIAS, EPS, MEAN, SQUARE = range(1, 6)
+
+
+def mark(tensor: torch.Tensor, value: float | None) -> None:
+    """Remembers that every element of a parameter is this number; None: forgets it."""
+    if value is not None:
+        setattr(tensor, _MARK, value)
+    elif hasattr(tensor, _MARK):
+        delattr(tensor, _MARK)
+
+
+def marked_inputs(gm: fx.GraphModule, inputs: list[Any]) -> dict[int, float]:
+    """The positions of a graph's inputs that are marked, and still are what their mark says."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return {
+        position: value
+        for position, (node, given) in enumerate(zip(placeholders, inputs, strict=True))
+        if is_module_state(node)
+        and (value := getattr(given, _MARK, None)) is not None
+        and is_uniform(given, value)
+    }
+
+
+def is_uniform(tensor: torch.Tensor, value: float) -> bool:
+    """Whether every element of a tensor is this number."""
+    return tensor.numel() > 0 and bool((tensor == value).all())
+
+
+def neutral(
+    gm: fx.GraphModule,
+    options: Options,
+    marked: Mapping[int, float],
+    *,
+    blocked: Refusal | None,
+) -> dict[int, float]:
+    """Takes operands that have no effect out of canonical nodes.
+
+    Args:
+        gm: a graph with canonical nodes; changed in place.
+        options: says whether the rule may run.
+        marked: inputs of the graph of which every element is one number, by their positions.
+        blocked: why nothing may be folded in this graph (gradients flow, say), or None.
+
+    A norm that loses an operand gets one record.
+
+    Returns:
+        The inputs that were taken for their numbers: the graph is right only for these.
+    """
+    if blocked is not None or not marked or not options.allows(RULE):
+        return {}
+    graph = gm.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    known = {
+        placeholders[position]: torch.full_like(held, value, device="cpu")
+        for position, value in marked.items()
+        if (held := _look_of(placeholders[position])) is not None
+    }
+    constant = g.parameter_only(graph)
+    own = g.written_storages(graph)
+    own |= {g.storage(returned) for returned in graph.output_node().all_input_nodes}
+    assumed: dict[int, float] = {}
+    for node in list(graph.find_nodes(op="call_function", target=norm)):
+        if node.args[0] in constant:
+            continue
+        found = _neutral_operands(node, known, options, own)
+        if not found:
+            continue
+        for operand in found:
+            sources = g.behind([operand])
+            assumed.update((p, v) for p, v in marked.items() if placeholders[p] in sources)
+        change(node, "fold", RULE, "what bake_ made neutral")
+        _drop(graph, node, found)
+    return assumed
+
+
+def _look_of(node: fx.Node) -> torch.Tensor | None:
+    held = g.tensor(node)
+    if held is None or any(not isinstance(size, int) for size in held.shape):
+        return None
+    return torch.empty(list(held.shape), dtype=held.dtype, device="cpu")
+
+
+def evaluated(node: fx.Node, known: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor | None:
+    """The value of a node that is computed from known tensors, or None."""
+    if node in known:
+        return known[node]
+    cone = g.behind([node])
+    if any(n.op != "call_function" and n not in known for n in cone):
+        return None
+    values: dict[fx.Node, Any] = dict(known)
+    with torch.no_grad():
+        for n in node.graph.nodes:
+            if n in cone and n not in values:
+                target: Any = n.target
+                args, kwargs = map_arg((n.args, n.kwargs), values.__getitem__)
+                values[n] = target(*args, **kwargs)
+    return values[node]
+
+
+def is_neutral(place: int, value: torch.Tensor | None, spec: Any) -> bool:
+    """Whether an operand of a norm that has this value has no effect at its place."""
+    if value is None:
+        return False
+    if place != SQUARE:
+        return is_uniform(value, 1.0 if place == WEIGHT else 0.0)
+    if spec.eps is None or spec.eps_place != "inside":
+        return False
+    inverse = torch.rsqrt(value.double() + spec.eps)
+    return bool(((inverse - 1).abs() <= torch.finfo(value.dtype).eps / 8).all())
+
+
+def _neutral_operands(
+    node: fx.Node, known: Mapping[fx.Node, torch.Tensor], options: Options, own: set[int | None]
+) -> dict[fx.Node, int]:
+    """The operands of a norm that have no effect, and their places."""
+    spec: Any = node.kwargs["spec"]
+    operands: Any = node.args
+    found = {
+        place: operands[place]
+        for place in (WEIGHT, BIAS, MEAN, SQUARE)
+        if operands[place] is not None
+        and (place in (WEIGHT, BIAS) or spec.statistic == "running")
+        and is_neutral(place, evaluated(operands[place], known), spec)
+    }
+    held = g.tensor(node)
+    # where statistics are on another device, no change of them is seen (see `fold_back`)
+    seen = options.weights == "frozen" or (held is not None and held.device.type == "cpu")
+    static = MEAN in found and SQUARE in found and operands[EPS] is None and spec.scale == 1.0
+    if not (static and seen):
+        found.pop(MEAN, None)
+        found.pop(SQUARE, None)
+    left = [p for p in (WEIGHT, BIAS, MEAN) if operands[p] is not None and p not in found]
+    vanishes = spec.statistic in ("running", "static") and not left and spec.scale == 1.0
+    # the result stays a tensor of its own where that can be seen
+    if vanishes and (
+        {g.storage(node), g.storage(operands[0])} & own or g.dtype(operands[0]) != spec.out_dtype
+    ):
+        return {}
+    return {operand: place for place, operand in found.items()}
+
+
+def _drop(graph: fx.Graph, node: fx.Node, found: Mapping[fx.Node, int]) -> None:
+    args: list[Any] = list(node.args)
+    for place in found.values():
+        args[place] = None
+    spec: Any = node.kwargs["spec"]
+    if SQUARE in found.values():
+        spec = spec._replace(statistic="static", origin="algebra")
+    if args[WEIGHT] is None and args[BIAS] is None:
+        spec = spec._replace(affine_dim=None)
+    node.args = tuple(args)
+    node.kwargs = {**node.kwargs, "spec": spec}
+    vanished = spec.statistic == "static" and not any(args[1:])
+    if vanished and spec.scale == 1.0 and not spec.contiguous:
+        node.replace_all_uses_with(args[0], propagate_meta=False)
+        graph.erase_node(node)
