@@ -117,8 +117,8 @@ class Baked:
 
     sites: list[Site]
     into: dict[int, list[str]]
-    _model: nn.Module
-    _changes: list[_Change]
+    _model: nn.Module = field(repr=False)
+    _changes: list[_Change] = field(repr=False)
 
     @property
     def bytes(self) -> int:
@@ -491,7 +491,11 @@ class _Plan:
             position = self._position(source)
             held = self._real(source)
             eps = spec.eps or 0.0
-            for value in (1.0, 0.0) if place != SQUARE else (1.0 - eps,):
+            if place == SQUARE:
+                candidates = (1.0 - eps,) if 0 <= eps < 1 else ()
+            else:
+                candidates = (1.0, 0.0)
+            for value in candidates:
                 filled = torch.full_like(held, value)
                 if is_neutral(place, evaluated(operand, {source: filled}), spec):
                     found[position] = float(filled.flatten()[0])
@@ -511,10 +515,10 @@ class _Plan:
         if source.op != "placeholder":
             return Refused(Refusal.COMPUTED, operand)
         held = self._real(source)
-        seen = evaluated(operand, {source: held}) if chain else held
-        if seen is None or _memory(seen) != _memory(held) or seen.numel() != held.numel():
-            return Refused(Refusal.COMPUTED, operand)
         refused = self._refused(source)
+        seen = evaluated(operand, {source: held}) if chain and refused is None else held
+        if seen is None or (chain and not _is_whole(seen, held)):
+            return Refused(Refusal.COMPUTED, operand)
         if refused is None and not any(len(n.users) > 1 for n in (source, *chain)):
             return _Slot(seen, self._position(source), self._names[id(held)][0])
         if refused is not None and refused.code is not Refusal.SHARED:
@@ -522,8 +526,7 @@ class _Plan:
         owner = self._untied(reader, source) if self.clone and not chain else None
         if owner is None:
             return Refused(Refusal.SHARED, operand)
-        module, name = owner
-        named = f"{g.module_path(reader)}.{name}"
+        named = f"{g.module_path(reader)}.{owner[1]}"
         return _Slot(
             nn.Parameter(held.clone(), held.requires_grad), self._position(source), named, owner
         )
@@ -628,6 +631,12 @@ def _memory(tensor: torch.Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # a subclass without a storage of its own
         return id(tensor)
+
+
+def _is_whole(view: torch.Tensor, held: torch.Tensor) -> bool:
+    """Whether a view of a tensor has each of its elements once."""
+    repeats = any(n > 1 and s == 0 for n, s in zip(view.shape, view.stride(), strict=True))
+    return _memory(view) == _memory(held) and view.numel() == held.numel() and not repeats
 
 
 def _repeats(tensor: torch.Tensor) -> bool:

@@ -111,14 +111,14 @@ def resnet():
 
 def mobilenet():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 1, bias=False),
-        nn.BatchNorm2d(8, eps=1e-3),
+        nn.Conv2d(3, 16, 3, bias=False),
+        nn.BatchNorm2d(16, eps=1e-3),
         nn.Hardswish(),
-        nn.Conv2d(8, 8, 3, groups=8, bias=False),
-        nn.BatchNorm2d(8, eps=1e-3),
+        nn.Conv2d(16, 16, 3, groups=16, bias=False),
+        nn.BatchNorm2d(16, eps=1e-3),
         nn.Hardswish(),
-        nn.Conv2d(8, 4, 1, bias=False),
-        nn.BatchNorm2d(4, eps=1e-3),
+        nn.Conv2d(16, 8, 1, bias=False),
+        nn.BatchNorm2d(8, eps=1e-3),
     )
 
 
@@ -130,7 +130,9 @@ class Attention(nn.Module):
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x):
-        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        q, k, v = (
+            t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -154,9 +156,7 @@ MODELS = {
     "vit": (ViT, IMAGE, 5),
     "grouped": (lambda: Residual(groups=4), (16, 8, 6, 6), 2),
     "transposed": (
-        lambda: nn.Sequential(
-            nn.ConvTranspose2d(8, 4, 3, groups=2, bias=False), nn.BatchNorm2d(4)
-        ),
+        lambda: nn.Sequential(nn.ConvTranspose2d(8, 4, 3, groups=2, bias=False), nn.BatchNorm2d(4)),
         (16, 8, 5, 5),
         1,
     ),
@@ -263,7 +263,8 @@ def test_transformers(family):
     baked = assert_baked(Logits(), tokens)
     refused = [code for site in baked.sites for code in site.refusals]
     tied = model.lm_head.weight is model.get_input_embeddings().weight
-    assert refused == (["parameter-shared"] if tied else [])
+    untold = {"gpt2": ["reader-without-bias"], "llama": [], "gemma": ["parameter-shared"]}
+    assert refused == untold[family]
     assert sum(bool(site.actions) for site in baked.sites) == 5 - tied
     assert_undone(model, baked, before)
 
@@ -434,7 +435,9 @@ def test_a_weight_with_repeated_memory_is_refused():
 
 
 def test_statistics_without_a_place_for_the_shift_are_refused():
-    model = roughened(nn.Sequential(nn.Conv1d(8, 8, 3, bias=False), nn.BatchNorm1d(8, affine=False)))
+    model = roughened(
+        nn.Sequential(nn.Conv1d(8, 8, 3, bias=False), nn.BatchNorm1d(8, affine=False))
+    )
     assert "reader-without-bias" in codes(model, torch.randn(16, 8, 5))
 
 
@@ -695,10 +698,12 @@ def test_compiled_before():
     eager = model(x)
     fast = compiled(model)
     with torch.no_grad():
-        for baked in (None, normfx.bake_(model)(x)):
-            assert_within_contract(fast(x), eager.detach(), exact.detach())
+        assert_within_contract(fast(x), eager.detach(), exact.detach())
+        baked = normfx.bake_(model)(x)
+        assert_within_contract(fast(x), eager.detach(), exact.detach())
         baked.undo()
         assert_within_contract(fast(x), eager.detach(), exact.detach())
+    assert len(normfx.report().graphs) == 1
 
 
 def test_a_compiled_module_is_baked_itself():
@@ -827,9 +832,9 @@ def test_text():
     model = roughened(nn.Sequential(Block(), nn.LayerNorm(8))).eval()
     shown = str(normfx.bake_(model)(torch.randn(4, 8)))
     assert shown == (
-        "norm    kind       into                      refused\n"
-        "0.norm  LayerNorm  0.up.weight, 0.up.bias    -\n"
-        "1       LayerNorm  -                         extra-user\n"
+        "norm    kind       into                    refused\n"
+        "0.norm  LayerNorm  0.up.weight, 0.up.bias  -\n"
+        "1       LayerNorm  -                       extra-user\n"
         "extra-user: What would change is read elsewhere too: by the output, a residual or another "
         "operator. The affine part must stay for that reader."
     )

@@ -87,14 +87,18 @@ def neutral(
         if (held := _look_of(placeholders[position])) is not None
     }
     constant = g.parameter_only(graph)
-    own = g.written_storages(graph)
-    own |= {g.storage(returned) for returned in graph.output_node().all_input_nodes}
+    written = g.written_storages(graph)
+    visible = [*placeholders, *graph.output_node().all_input_nodes]
     assumed: dict[int, float] = {}
     for node in list(graph.find_nodes(op="call_function", target=norm)):
-        if node.args[0] in constant:
+        source: Any = node.args[0]
+        if source in constant or str(g.shape(source)) != str(g.shape(node)):
             continue
-        found = _neutral_operands(node, known, options, own)
-        if not found:
+        found = _neutral_operands(node, known, options)
+        # one tensor in place of two: no write to one of them may be seen in the other
+        apart = g.storage(node) in written or g.storage(source) in written
+        shown = g.storage(source) in {g.storage(n) for n in visible if n is not node}
+        if not found or (_vanishes(node, found) and (apart or shown)):
             continue
         for operand in found:
             sources = g.behind([operand])
@@ -141,7 +145,7 @@ def is_neutral(place: int, value: torch.Tensor | None, spec: Any) -> bool:
 
 
 def _neutral_operands(
-    node: fx.Node, known: Mapping[fx.Node, torch.Tensor], options: Options, own: set[int | None]
+    node: fx.Node, known: Mapping[fx.Node, torch.Tensor], options: Options
 ) -> dict[fx.Node, int]:
     """The operands of a norm that have no effect, and their places."""
     spec: Any = node.kwargs["spec"]
@@ -160,17 +164,18 @@ def _neutral_operands(
     if not (static and seen):
         found.pop(MEAN, None)
         found.pop(SQUARE, None)
-    left = [p for p in (WEIGHT, BIAS, MEAN) if operands[p] is not None and p not in found]
-    vanishes = spec.statistic in ("running", "static") and not left and spec.scale == 1.0
-    # the result stays a tensor of its own where that can be seen
-    if vanishes and (
-        {g.storage(node), g.storage(operands[0])} & own or g.dtype(operands[0]) != spec.out_dtype
-    ):
-        return {}
     return {operand: place for place, operand in found.items()}
 
 
+def _vanishes(node: fx.Node, found: Mapping[fx.Node, int]) -> bool:
+    """Whether nothing is left to be computed without these operands."""
+    spec: Any = node.kwargs["spec"]
+    left = [a for a in node.args[1:] if a is not None and a not in found]
+    return spec.statistic in ("running", "static") and not left
+
+
 def _drop(graph: fx.Graph, node: fx.Node, found: Mapping[fx.Node, int]) -> None:
+    vanishes = _vanishes(node, found)
     args: list[Any] = list(node.args)
     for place in found.values():
         args[place] = None
@@ -181,7 +186,7 @@ def _drop(graph: fx.Graph, node: fx.Node, found: Mapping[fx.Node, int]) -> None:
         spec = spec._replace(affine_dim=None)
     node.args = tuple(args)
     node.kwargs = {**node.kwargs, "spec": spec}
-    vanished = spec.statistic == "static" and not any(args[1:])
-    if vanished and spec.scale == 1.0 and not spec.contiguous:
-        node.replace_all_uses_with(args[0], propagate_meta=False)
-        graph.erase_node(node)
+    if vanishes and spec.scale == 1.0 and g.dtype(args[0]) == spec.out_dtype:
+        if not spec.contiguous:
+            node.replace_all_uses_with(args[0], propagate_meta=False)
+            graph.erase_node(node)
