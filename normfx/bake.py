@@ -569,6 +569,8 @@ class _Plan:
             weight, bias = _weight_and_bias(reader)
             node = weight if what == "weight" else bias
             compute = computing(gm, [node])
+            for made in compute.graph.nodes:
+                made.meta.clear()  # the record outlives the graph
             needed = g.behind([node])
             positions = [
                 i for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if n in needed

@@ -162,7 +162,7 @@ REFUSALS: dict[Refusal, Explanation] = {
         "Compile instead: a reader then gets a copy. Or untie the weight with `clone=True`.",
     ),
     Refusal.COMPUTED: Explanation(
-        "What would change is no entry of the state dict, or is computed from several.",
+        "What would change is no entry of the state dict, or is computed, or has no neutral value.",
         "Remove the parametrization first, or compile instead.",
     ),
     Refusal.NO_BIAS: Explanation(

@@ -32,6 +32,11 @@ _MARK = "_normfx_neutral"
 WEIGHT, BIAS, EPS, MEAN, SQUARE = range(1, 6)
 
 
+# How far from one a neutral variance plus eps may be, where its dtype has no nearer number: such
+# errors do not average out, and a hundred norms in a row must stay below a percent.
+_MAX_OFF = 1e-4
+
+
 def mark(tensor: torch.Tensor, value: float | None) -> None:
     """Remembers that every element of a parameter is this number; None: forgets it."""
     if value is not None:
@@ -140,8 +145,8 @@ def is_neutral(place: int, value: torch.Tensor | None, spec: Any) -> bool:
         return is_uniform(value, 1.0 if place == WEIGHT else 0.0)
     if spec.eps is None or spec.eps_place != "inside":
         return False
-    inverse = torch.rsqrt(value.double() + spec.eps)
-    return bool(((inverse - 1).abs() <= torch.finfo(value.dtype).eps / 8).all())
+    off = (value.double() + spec.eps - 1).abs()
+    return bool((off <= min(torch.finfo(value.dtype).eps / 4, _MAX_OFF)).all())
 
 
 def _neutral_operands(
