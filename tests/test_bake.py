@@ -578,7 +578,7 @@ def test_a_failure_while_writing(monkeypatch, at):
         return copy_(self, other, *args)
 
     run = normfx.bake_(model)
-    write = baking._write
+    write = baking.write
 
     def patched(changes):
         monkeypatch.setattr(torch.Tensor, "copy_", failing)
@@ -587,7 +587,7 @@ def test_a_failure_while_writing(monkeypatch, at):
         finally:
             monkeypatch.undo()
 
-    monkeypatch.setattr(baking, "_write", patched)
+    monkeypatch.setattr(baking, "write", patched)
     with pytest.raises(MemoryError):
         run(x)
     assert len(calls) > at

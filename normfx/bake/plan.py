@@ -1,28 +1,20 @@
-"""Bake: folds that are written into the model itself, so that no second copy of a weight exists.
+"""Plan: what of a graph's folds may be written into the model.
 
-    norm(x; w, b) V^T + c  =  norm(x; 1, 0) (V diag(w))^T + (c + V b)
-
-What may be folded, and into what, the rules of the compiler say (`passes/fold.py`, `fold_back.py`);
-so do the new weights, which are the nodes that these rules make. Here it is decided what may be
-written: a parameter that is one entry of the state dict, and that one operator reads. The norm's
-own parameters become neutral: weight 1, bias 0, mean 0, variance 1 - eps.
-
-A weight V comes back as V' / w, rounded once, so that nothing but the small vectors has to be kept.
-Elements for which that is no way back (w = 0) are kept too.
+A parameter may be written to if it is one entry of the state dict, shares its memory with nothing,
+and one operator reads it. Those of a norm need a number that makes them neutral.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from normfx import graph as g
-from normfx.check import in_float64
+from normfx.bake.changes import Change, Factor, lost
 from normfx.errors import BakeError
 from normfx.live import without_autocast
 from normfx.options import Options
@@ -39,300 +31,14 @@ from normfx.passes.neutral import (
     evaluated,
     is_neutral,
     is_uniform,
-    mark,
 )
 from normfx.passes.verdict import Refused
 from normfx.pipeline import rewrite, weights_are_tracked
-from normfx.record import REFUSALS, Journal, Refusal, Site
-from normfx.torch_internals import compile_alone, dynamo_error
+from normfx.record import Journal, Refusal
 
 aten = torch.ops.aten
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-
-
-def bake_(
-    model: nn.Module, *, clone: bool = False, exact_undo: bool = False, verify: bool = True
-) -> Callable[..., Baked]:
-    """Folds norms into the weights of an eager model: `baked = normfx.bake_(model)(*args)`.
-
-    The model computes what it did, and its state dict keeps its keys, shapes and dtypes. What is
-    folded is decided by the graph of this one call, so the arguments have to be such that all
-    that reads a weight runs. While it runs, a second copy of what changes exists.
-
-    Args:
-        model: a module in eval mode, not compiled.
-        clone: unties a weight that other modules read too: its reader gets a copy of its own. The
-            state dict then no longer loads into a model that ties them.
-        exact_undo: keep the weights as they were, in the memory of the CPU, for `Baked.undo`.
-        verify: run the model once more, and take everything back if its result has changed.
-
-    Returns:
-        A function of the model's arguments that returns a `Baked`.
-
-    Raises:
-        BakeError: the model cannot be baked. Nothing was changed.
-    """
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module):
-        raise BakeError(f"bake_ changes the weights of a module; {type(model).__name__} is none.")
-
-    def bake(*args: Any, **kwargs: Any) -> Baked:
-        training = [name for name, module in model.named_modules() if module.training]
-        if training:
-            name = f" (its module {training[0]!r} is)" if training[0] else ""
-            raise BakeError(f"the model is in training mode{name}: call model.eval() first.")
-        with torch.inference_mode(False), torch.no_grad():
-            plan, before = _planned(model, args, kwargs, clone=clone)
-            changes = plan.changes(exact=exact_undo)
-            baked = Baked(plan.journal.sites, plan.into, model, changes)
-            written = _write([(change.tensor, change.made) for change in changes])
-            try:
-                for change in changes:
-                    change.install()
-                if verify:
-                    _compare(before, model(*args, **kwargs))
-            except BaseException:
-                for change in changes:
-                    change.take_back()
-                _write(written)
-                raise
-            for change in changes:
-                change.settle()
-            for tensor, value in plan.neutral:
-                mark(tensor, value)
-        return baked
-
-    return bake
-
-
-@dataclass(slots=True)
-class Baked:
-    """What `bake_` did to a model, and the way back.
-
-    Attributes:
-        sites: every normalization, with what was decided of it.
-        into: for each that was folded, the names of the parameters that took it over, by `id`.
-    """
-
-    sites: list[Site]
-    into: dict[int, list[str]]
-    _model: nn.Module = field(repr=False)
-    _changes: list[_Change] = field(repr=False)
-
-    @property
-    def bytes(self) -> int:
-        """The memory that this record holds."""
-        held = {id(t): t for change in self._changes for t in change.held()}
-        return sum(t.numel() * t.element_size() for t in held.values())
-
-    def undo(self) -> None:
-        """Gives the model its weights back; a second call does nothing.
-
-        Biases and the parameters of norms are as they were. A weight is as it was up to one ulp,
-        and bit by bit after `bake_(exact_undo=True)`.
-
-        Raises:
-            BakeError: a weight has changed since. Nothing was changed.
-        """
-        state = self._model.state_dict(keep_vars=True)
-        for change in self._changes:
-            if not change.is_current(state.get(change.name)):
-                raise BakeError(f"{change.name!r} has changed since it was baked.")
-        with torch.inference_mode(False), torch.no_grad():
-            kept = [change for change in self._changes if change.owner is None]
-            _write([(change.tensor, change.restored()) for change in kept])
-        for change in self._changes:
-            change.take_back()
-            mark(change.tensor, None)
-        self._changes = []
-
-    def __str__(self) -> str:
-        rows = [("norm", "kind", "into", "refused")]
-        for site in self.sites:
-            into = ", ".join(self.into.get(id(site), [])) or "-"
-            codes = ", ".join(dict.fromkeys(site.refusals)) or "-"
-            rows.append((site.name, site.kind, into, codes))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        for code in sorted({r.code for s in self.sites for r in s.records if r.code}, key=str):
-            lines.append(f"{code.value}: {REFUSALS[code].meaning} {REFUSALS[code].hint}")
-        return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------- what changes
-
-
-@dataclass(slots=True)
-class _Change:
-    """A parameter that is written to.
-
-    Attributes:
-        name: its entry of the state dict.
-        parameter: what that entry is.
-        tensor: the same, or a view of it.
-        made: what it becomes.
-        owner: module, name and parameter, where this is a new one in place of that.
-        original: what it was; None for a weight that comes back by division.
-        factor: what the weight was multiplied with.
-        lost: of what division does not bring back: where, and what it was.
-    """
-
-    name: str
-    parameter: torch.Tensor
-    tensor: torch.Tensor
-    made: torch.Tensor
-    owner: tuple[nn.Module, str, nn.Parameter] | None = None
-    original: torch.Tensor | None = None
-    factor: _Factor | None = None
-    lost: tuple[torch.Tensor, torch.Tensor] | None = None
-    seen: tuple[int, int] = (-1, -1)
-
-    def install(self) -> None:
-        """Puts a new parameter in the place of a tied one."""
-        if self.owner is not None:
-            module, name, _ = self.owner
-            module._parameters[name] = self.tensor  # pyright: ignore[reportArgumentType]
-
-    def take_back(self) -> None:
-        """Puts a tied parameter back in its place."""
-        if self.owner is not None:
-            module, name, before = self.owner
-            module._parameters[name] = before
-
-    def settle(self) -> None:
-        """Lets go of the new numbers, which the parameter has now."""
-        self.made = torch.empty(0)
-        self.seen = self.tensor._version, self.tensor.data_ptr()
-
-    def is_current(self, entry: torch.Tensor | None) -> bool:
-        """Whether this is still the model's parameter, and nobody has written to it."""
-        now = self.parameter._version, self.parameter.data_ptr()
-        return entry is self.parameter and now == self.seen
-
-    def held(self) -> Iterable[torch.Tensor]:
-        """The tensors that are kept for the way back."""
-        return (
-            *(() if self.original is None else (self.original,)),
-            *(() if self.factor is None else self.factor.operands),
-            *(self.lost or ()),
-        )
-
-    def restored(self) -> torch.Tensor:
-        """What the parameter was."""
-        if self.original is not None:
-            return self.original
-        assert self.factor is not None
-        assert self.lost is not None
-        divided = self.factor.divided(self.tensor)
-        index, values = (t.to(divided.device) for t in self.lost)
-        flat = divided.flatten()
-        flat[index.long()] = values
-        return flat.view(divided.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _Factor:
-    """What a weight was multiplied with, element by element, as a function of the small vectors.
-
-    Attributes:
-        compute: the graph that made the new weight.
-        place: which of its inputs is the weight.
-        shape: of that input.
-        operands: the others, in order, as they were.
-    """
-
-    compute: fx.GraphModule
-    place: int
-    shape: torch.Size
-    operands: tuple[torch.Tensor, ...]
-
-    def divided(self, folded: torch.Tensor) -> torch.Tensor:
-        """The weight before, rounded once."""
-        ones = torch.ones(self.shape, dtype=torch.float64, device=folded.device)
-        inputs = [t.to(folded.device, torch.float64) for t in self.operands]
-        inputs.insert(self.place, ones)
-        with without_autocast(folded.device):
-            (scale,) = _InFloat64(self.compute).run(*inputs)
-        return (folded.double() / scale).to(folded.dtype).contiguous()
-
-
-class _InFloat64(fx.Interpreter):
-    """Runs a graph without the roundings in it."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(target, in_float64(args), in_float64(kwargs))
-
-
-def _write(changes: list[tuple[torch.Tensor, torch.Tensor]]) -> list[Any]:
-    """Writes all or nothing; returns the tensors with what they were."""
-    before: list[tuple[torch.Tensor, torch.Tensor]] = []
-    try:
-        while changes:
-            tensor, made = changes[0]
-            before.append((tensor, tensor.detach().clone()))
-            tensor.copy_(made)
-            changes.pop(0)
-    except BaseException:
-        for tensor, was in before:
-            tensor.copy_(was)
-        raise
-    return before
-
-
-def _compare(before: Any, after: Any) -> None:
-    """Refuses results that differ by more than rounding in a deep model explains."""
-    then, now = (
-        [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        for result in (before, after)
-    )
-    for old, new in zip(then, now, strict=True):
-        if not old.dtype.is_floating_point:
-            continue  # a choice between equals may turn on a rounding
-        usable = torch.isfinite(old)
-        scale = old[usable].abs().amax() if usable.any() else torch.zeros(())
-        limit = torch.finfo(old.dtype).eps ** 0.5 * scale
-        off = (old - new).abs()[usable]
-        if bool((off > limit).any()) or not torch.equal(usable, torch.isfinite(new)):
-            raise BakeError(
-                "the result of the model has changed, so everything was taken back. If calls of "
-                "this model with the same arguments differ in any case, pass verify=False."
-            )
-
-
-# ---------------------------------------------------------------------------- what may change
-
-
-def _planned(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, clone: bool
-) -> tuple[_Plan, Any]:
-    """The plan for the graph of a call, and the result of the call."""
-    plans: list[_Plan] = []
-    errors: list[Exception] = []
-
-    def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        plan = _Plan(model, example_inputs, clone)
-        plans.append(plan)
-        try:
-            plan.read(gm)
-        except Exception as error:  # which dynamo would take for one of its own
-            errors.append(error)
-        return gm
-
-    try:
-        result = compile_alone(model, collect, False, fullgraph=True)(*args, **kwargs)
-    except dynamo_error() as error:
-        raise BakeError(
-            "the call is not one graph, so what else reads a weight is not known."
-        ) from error
-    if errors:
-        raise BakeError(str(errors[0])) from errors[0]
-    if len(plans) != 1:
-        raise BakeError(f"the call is {len(plans)} graphs; it has to be one.")
-    return plans[0], result
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +59,7 @@ class _Slot:
 
 
 @dataclass(slots=True)
-class _Plan:
+class Plan:
     """What is to be written into a model.
 
     Attributes:
@@ -420,7 +126,8 @@ class _Plan:
                 return slot
             slots[reader, what] = slot
         written = [slot.position for slot in slots.values() if slot.owner is None]
-        others = [s.position for key, s in self._slots.items() if key not in slots]
+        kept = [s for key, s in self._slots.items() if key not in slots and s.owner is None]
+        others = [slot.position for slot in kept]
         taken = [*written, *others, *cleared, *self._cleared]
         if len(set(taken)) < len(taken):
             return Refused(Refusal.SHARED, node)
@@ -577,7 +284,7 @@ class _Plan:
             ]
             self._made.append((slot, compute, positions, what == "weight"))
 
-    def changes(self, *, exact: bool) -> list[_Change]:
+    def changes(self, *, exact: bool) -> list[Change]:
         """Everything that is to be written, with its new numbers and the way back."""
         found = []
         small: dict[int, torch.Tensor] = {}  # one copy, whoever needs it
@@ -592,7 +299,7 @@ class _Plan:
             if not torch.equal(torch.isfinite(made), torch.isfinite(slot.tensor)):
                 raise BakeError(f"{slot.name} would not be finite.")
             held = slot.tensor if slot.owner is not None else self.inputs[slot.position]
-            change = _Change(slot.name, held, slot.tensor, made)
+            change = Change(slot.name, held, slot.tensor, made)
             if slot.owner is not None:
                 module, name = slot.owner
                 change.owner = (module, name, self.inputs[slot.position])
@@ -604,14 +311,14 @@ class _Plan:
                 place = positions.index(slot.position)
                 shape = self.inputs[slot.position].shape
                 rest = tuple(small[i] for i in positions if i != slot.position)
-                change.factor = _Factor(compute, place, shape, rest)
-                change.lost = _lost(slot.tensor, change.factor.divided(made))
+                change.factor = Factor(compute, place, shape, rest)
+                change.lost = lost(slot.tensor, change.factor.divided(made))
             found.append(change)
         for position, value in self._cleared.items():
             held = self.inputs[position]
             if not is_uniform(held, value):
                 name, made = self._names[id(held)][0], torch.full_like(held, value)
-                found.append(_Change(name, held, held, made, original=small[position]))
+                found.append(Change(name, held, held, made, original=small[position]))
         return found
 
 
@@ -644,14 +351,3 @@ def _is_whole(view: torch.Tensor, held: torch.Tensor) -> bool:
 def _repeats(tensor: torch.Tensor) -> bool:
     """Whether two elements of a tensor are at one address, or it is a part of a larger one."""
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-
-
-def _lost(before: torch.Tensor, divided: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is not brought back up to one ulp: its place and its value."""
-    was, back = before.double(), divided.double()
-    limit = torch.finfo(before.dtype).eps * was.abs()
-    kept = ((back - was).abs() > limit) | ~torch.isfinite(back) | ~torch.isfinite(was)
-    index = kept.flatten().nonzero().flatten()
-    if before.numel() <= torch.iinfo(torch.int32).max:
-        index = index.int()
-    return index, before.detach().flatten()[index.long()].clone()
