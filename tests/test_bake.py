@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 
 import pytest
 import torch
@@ -566,6 +567,38 @@ def test_a_use_that_the_graph_does_not_show_is_noticed():
     assert_error(Hidden().eval(), torch.randn(4, 8), match="has changed, so everything was taken")
 
 
+def test_a_model_that_draws_random_numbers():
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head()
+
+        def forward(self, x):
+            return self.head(x) + torch.randn(4)
+
+    baked = normfx.bake_(Noisy().eval())(torch.ones(4, 8))
+    assert baked.sites[0].actions == [FOLD]
+
+
+def test_a_model_whose_calls_differ():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count.add_(1)
+            return self.head(x) + self.count
+
+    model = Counting().eval()
+    with pytest.raises(normfx.BakeError, match="verify=False"):
+        normfx.bake_(model)(torch.ones(4, 8))
+    assert not torch.equal(model.head[0].weight, torch.ones(8))
+    normfx.bake_(model, verify=False)(torch.ones(4, 8))
+    assert torch.equal(model.head[0].weight, torch.ones(8))
+
+
 @pytest.mark.parametrize("at", range(4))
 def test_a_failure_while_writing(monkeypatch, at):
     model, x = head().eval(), torch.randn(4, 8)
@@ -685,8 +718,10 @@ def test_loaded_elsewhere_and_baked_again():
     """A state dict does not say that it was baked; a second `bake_` finds out, and changes nothing."""
     model, x = head().eval(), torch.randn(4, 8)
     normfx.bake_(model)(x)
-    fresh = head().eval()
-    fresh.load_state_dict(model.state_dict())
+    fresh, saved = head().eval(), io.BytesIO()
+    torch.save(model.state_dict(), saved)
+    saved.seek(0)
+    fresh.load_state_dict(torch.load(saved, weights_only=True))
     normfx.bake_(fresh)(x)
     assert same(fresh.state_dict(), model.state_dict())
     with torch.no_grad():
