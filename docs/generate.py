@@ -113,8 +113,11 @@ def rules_page() -> str:
 def refusing_stages() -> dict[str, set[str]]:
     """The stages whose files name a refusal, by the member's name."""
     found: dict[str, set[str]] = {}
-    for path in (PACKAGE / "pipeline.py", *sorted((PACKAGE / "passes").rglob("*.py"))):
+    passes = sorted((PACKAGE / "passes").rglob("*.py"))
+    for path in (PACKAGE / "pipeline.py", PACKAGE / "bake" / "plan.py", *passes):
         stage = "recognise" if path.stem in RECOGNITION else path.stem
+        if path.parent.name == "bake":
+            stage = "bake"
         if stage == "pipeline":  # the reasons why a whole graph is not folded
             stage = "fold"
         for name in re.findall(r"\bRefusal\.([A-Z_]+)\b", path.read_text(encoding="utf-8")):

@@ -12,6 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normfx.bake import Baked as Baked
+    from normfx.bake import bake_ as bake_
+    from normfx.errors import BakeError as BakeError
     from normfx.errors import NormfxError as NormfxError
     from normfx.errors import OptionError as OptionError
     from normfx.errors import StageError as StageError
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Baked": "bake",
+    "bake_": "bake",
+    "BakeError": "errors",
     "NormfxError": "errors",
     "OptionError": "errors",
     "StageError": "errors",
@@ -47,6 +53,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "BakeError",
+    "Baked",
     "Invariance",
     "NormfxError",
     "OptionError",
@@ -57,6 +65,7 @@ __all__ = [
     "Site",
     "StageError",
     "__version__",
+    "bake_",
     "explain",
     "refold",
     "report",

@@ -20,6 +20,7 @@ from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal
 from normfx.reports import REPORTS, payload
 from normfx.torch_internals import (
+    compile_alone,
     compile_with_inductor,
     fakes_for_aot,
     inductor_settings,
@@ -93,21 +94,23 @@ def _compile(
         compiled = compile_with_inductor(rewritten.module, [*example_inputs, *further], settings)
     if hoisted is None:
         return compiled
-    otherwise = _uncompiled(gm) if hoisted.conditions else compiled
+    otherwise = _as_it_came(gm, options) if hoisted.conditions else compiled
     return LiveWeights(hoisted, frozen=frozen).wrap(compiled, otherwise)
 
 
-def _uncompiled(gm: fx.GraphModule) -> Callable[..., Any]:
-    """Dynamo's graph as it stands, for weights with which the compiled graph would be wrong."""
+def _as_it_came(gm: fx.GraphModule, options: Options) -> Callable[..., Any]:
+    """Dynamo's graph, for weights with which the rewritten one would be wrong."""
+    plain = gm if options.lowering == "eager" else compile_alone(gm, "inductor", None)
 
     def run(*args: Any) -> Any:
         warnings.warn(
-            "The scale of a norm has become zero, infinite or extreme, and the graph was compiled "
-            "without that norm. It runs uncompiled; its results are not affected. Call "
-            "torch.compiler.reset() to have it compiled for the new weights.",
+            "A graph was rewritten for weights with a property that they have lost (the scale of a "
+            "norm has become zero, or what was baked is in use again). It runs as plain Inductor "
+            "would run it; its results are not affected. Call torch.compiler.reset() to have it "
+            "rewritten for the new weights.",
             stacklevel=2,
         )
-        return gm(*args)
+        return plain(*args)
 
     return run
 

@@ -11,5 +11,9 @@ class OptionError(NormfxError, ValueError):
     """An option has an unknown name or a value of the wrong type."""
 
 
+class BakeError(NormfxError, RuntimeError):
+    """`bake_` cannot bake this model, or cannot undo it. Nothing was changed."""
+
+
 class StageError(NormfxError, RuntimeError):
     """A stage failed, under `strict`. Its cause is the exception that the stage raised."""

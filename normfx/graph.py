@@ -214,6 +214,17 @@ def parameter_only(graph: fx.Graph) -> set[fx.Node]:
     return state
 
 
+def behind(nodes: list[fx.Node]) -> set[fx.Node]:
+    """These nodes and everything they are computed from."""
+    seen, pending = set(nodes), list(nodes)
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                pending.append(source)
+    return seen
+
+
 def location(node: fx.Node) -> str:
     """`file:line` of the user's line that made this node, or an empty string."""
     lines = str(node.meta.get("stack_trace") or "").splitlines()

@@ -10,6 +10,10 @@ on the CPU, where that needs no synchronisation.
 Dynamo runs the same compiled code for every module that its guards admit, so the parameters of a
 call may be those of another model, or of the next block. Each set of parameters has hoisted tensors
 of its own, for as long as its parameters live.
+
+A graph may be right only under conditions (a scale that is divided by is not zero, what `bake_`
+made neutral still is). They are computed with the hoisted tensors; where one does not hold, the
+graph runs as it came.
 """
 
 from __future__ import annotations
@@ -169,14 +173,7 @@ class LiveWeights:
             entry = self._entry(tensors)
             if not entry.is_fresh(tensors, frozen=self._frozen):
                 made, entry.fits = self._run(tensors)
-                if [(t.device, t.dtype) for t in entry.hoisted] == [
-                    (t.device, t.dtype) for t in made
-                ]:
-                    with torch.inference_mode(False), torch.no_grad():
-                        for old, new in zip(entry.hoisted, made, strict=True):
-                            old.copy_(new)
-                else:
-                    entry.hoisted = made
+                entry.hoisted = _into(entry.hoisted, made)
                 entry.look(tensors, frozen=self._frozen)
             self._last = entry
             return entry
@@ -211,6 +208,18 @@ class LiveWeights:
                 for tensor, stride in zip(made[:count], self._strides, strict=True)
             )
             return laid_out, all(map(bool, made[count:]))
+
+
+def _into(
+    held: tuple[torch.Tensor, ...], made: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """New numbers at the addresses of the old ones, if there are any like them."""
+    if [(t.device, t.dtype) for t in held] != [(t.device, t.dtype) for t in made]:
+        return made
+    with torch.inference_mode(False), torch.no_grad():
+        for old, new in zip(held, made, strict=True):
+            old.copy_(new)
+    return held
 
 
 def _restrided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:

@@ -28,11 +28,13 @@ from normfx.passes.fold_back import fold_back
 from normfx.passes.hoist import Hoisted, hoist
 from normfx.passes.identity_norm import identity_norm
 from normfx.passes.lower import lower
+from normfx.passes.neutral import marked_inputs, neutral
 from normfx.passes.norm_of_norm import norm_of_norm
 from normfx.passes.recentre import recentre
 from normfx.passes.recognise import recognise
 from normfx.passes.telescope import telescope
 from normfx.passes.values import Values
+from normfx.passes.verdict import Permit
 from normfx.record import Journal, Refusal
 from normfx.torch_internals import is_module_state
 
@@ -59,6 +61,7 @@ def rewrite(
     tracked: bool = True,
     in_body: bool = False,
     inputs: Sequence[Any] = (),
+    permit: Permit | None = None,
     observe: Observer | None = None,
 ) -> Rewritten:
     """Runs every stage on dynamo's graph.
@@ -71,6 +74,7 @@ def rewrite(
         in_body: whether this is the body of an operator, whose operands are not known to be
             parameters.
         inputs: what the graph is called with now, parameters among them; empty if not known.
+        permit: may refuse a fold that is legal (see `fold`).
         observe: called with the name of each stage and its graph, for tests and diffs.
 
     Raises:
@@ -98,10 +102,12 @@ def rewrite(
         recentre(captured, options, blocked=blocked)
     watch("rewrite", captured)
     with _stage("fold", journal):
-        fold_back(captured, options, blocked=blocked)
+        marked = marked_inputs(gm, inputs)
+        conditions = neutral(captured, options, marked, blocked=blocked)
+        fold_back(captured, options, blocked=blocked, permit=permit)
         values = Values(captured, inputs)
-        conditions = telescope(captured, options, blocked=blocked, values=values)
-        fold(captured, options, blocked=blocked)
+        conditions += telescope(captured, options, blocked=blocked, values=values)
+        fold(captured, options, blocked=blocked, permit=permit)
         compress(captured, options, blocked=blocked)
         defer_scale(captured, options, grad=grad)
         erase_unused(captured.graph, conditions)

@@ -54,6 +54,11 @@ class Refusal(enum.Enum):
     UNBOUNDED = "input-unbounded"
     CANCELS = "cancellation"
     NOT_WORTH = "not-worth-it"
+    # bake
+    NEUTRAL = "already-neutral"
+    SHARED = "parameter-shared"
+    COMPUTED = "parameter-computed"
+    NO_BIAS = "reader-without-bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +212,22 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.NOT_WORTH: Explanation(
         "Legal, but the cost model expects no gain.",
         "See docs/rewrites.md for what it costs.",
+    ),
+    Refusal.NEUTRAL: Explanation(
+        "The norm's weight is one and its bias zero already.",
+        "Nothing to do.",
+    ),
+    Refusal.SHARED: Explanation(
+        "A parameter that would change is read elsewhere too, or is tied to another one.",
+        "Compile instead: a reader then gets a copy. Or untie the weight with `clone=True`.",
+    ),
+    Refusal.COMPUTED: Explanation(
+        "What would change is no entry of the state dict, or is computed, or has no neutral value.",
+        "Remove the parametrization first, or compile instead.",
+    ),
+    Refusal.NO_BIAS: Explanation(
+        "The norm has a bias, and an operator that would take it over has none.",
+        "Compile instead: the operator then gets one, beside the state dict.",
     ),
     Refusal.NOT_TRACKED: Explanation(
         "A parameter was made in inference mode, so changes to it cannot be noticed.",

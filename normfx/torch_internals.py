@@ -178,6 +178,13 @@ def compile_alone(
     return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph, **settings)
 
 
+def dynamo_error() -> type[Exception]:
+    """The base of what dynamo raises where it cannot make one graph of a call."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
 def fakes_for_aot(values: Any) -> list[Any]:
     """Fake tensors like these in the fake mode that AOTAutograd will trace under."""
     context = TracingContext.try_get()

@@ -427,6 +427,21 @@ def test_given_statistics_go_into_the_operator_before_them():
             assert_zero(norm((weight * x)[o] + c[o], o) - folded[o])
 
 
+def test_neutral_statistics_leave_what_they_read():
+    """(x - 0) / sqrt((1 - eps) + eps) * 1 + t = x + t, as `bake_` leaves a norm."""
+    x, t = sp.symbols("x t", real=True)
+    assert_zero((x - 0) / sp.sqrt((1 - EPS) + EPS) * 1 + t - (x + t))
+
+
+def test_a_shift_may_stay_in_the_norm():
+    """Of an operator without bias: s (V x) + t = norm((s V) x) with the neutral statistics and the bias t."""
+    norm, s, t = given_statistics(3)
+    weight = sp.Matrix(3, N, sp.symbols(f"k0:{3 * N}"))
+    for o, folded in enumerate((sp.diag(*s) * weight) * sp.Matrix(X)):
+        neutral = folded / sp.sqrt((1 - EPS) + EPS) + t[o]
+        assert_zero(norm((weight * sp.Matrix(X))[o], o) - neutral)
+
+
 def test_given_statistics_go_into_a_transposed_convolution_before_them():
     """Its weight is (groups * in, out of a group, taps); its channels are numbered by (group, out)."""
     inner, outer = 2, 3

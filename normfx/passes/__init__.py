@@ -7,6 +7,7 @@ RULES: dict[str, str] = {
     "norm-of-norm": "a norm of the result of a norm into one",
     "identity-norm": "a norm whose eps outweighs every statistic it can have into a scale",
     "recentre": "a LayerNorm into an RMSNorm, by centring the constants that write its input",
+    "drop-baked": "what `normfx.bake_` made neutral leaves the norm, for as long as it is so",
     "fold-statistics-into-previous": (
         "a norm whose statistics are given into the linear operator or convolution before it"
     ),

@@ -22,7 +22,7 @@ from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.channels import NONE, Channels, channel_dim
 from normfx.passes.emit import Emitter
-from normfx.passes.verdict import Refused, change, refuse
+from normfx.passes.verdict import Permit, Refused, change, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -60,13 +60,20 @@ class Reader:
     channels: Channels
 
 
-def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
+def fold(
+    gm: fx.GraphModule,
+    options: Options,
+    *,
+    blocked: Refusal | None,
+    permit: Permit | None = None,
+) -> None:
     """Folds the affine part of every canonical norm whose readers are all linear.
 
     Args:
         gm: a graph with canonical nodes; changed in place.
         options: says whether the rule may run.
         blocked: why nothing may be folded in this graph (gradients flow, say), or None.
+        permit: may refuse a norm for reasons of its own; gets the node and its readers.
 
     Every norm of an activation gets one record.
 
@@ -83,6 +90,8 @@ def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> No
         ):  # a standardised weight: hoist takes all of it
             continue
         plan = _check(node, constant, written, options, blocked=blocked)
+        if permit is not None and not isinstance(plan, Refused):
+            plan = permit(node, plan) or plan
         if isinstance(plan, Refused):
             refuse(node, "fold", RULE, plan)
         else:

@@ -24,7 +24,7 @@ from normfx.options import Options
 from normfx.passes.channels import channel_dim
 from normfx.passes.emit import Emitter
 from normfx.passes.values import Values
-from normfx.passes.verdict import Refused, change, refuse
+from normfx.passes.verdict import Permit, Refused, change, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -56,14 +56,27 @@ class Writer:
     dim: int
     groups: int = 1
 
+    @property
+    def channels(self) -> Any:
+        """How many channels the operator makes."""
+        shape: Any = g.shape(self.weight)
+        return shape[self.dim] * self.groups
 
-def fold_back(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
+
+def fold_back(
+    gm: fx.GraphModule,
+    options: Options,
+    *,
+    blocked: Refusal | None,
+    permit: Permit | None = None,
+) -> None:
     """Folds every norm whose statistics are given into the operator before it, where it may.
 
     Args:
         gm: a graph with canonical nodes; changed in place.
         options: says whether the rule may run.
         blocked: why nothing may be folded in this graph (gradients flow, say), or None.
+        permit: may refuse a norm for reasons of its own; gets the node and its writer.
 
     Every norm with given statistics gets one record.
 
@@ -80,6 +93,8 @@ def fold_back(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) 
         if spec.statistic not in ("running", "static") or node.args[0] in constant:
             continue
         plan = _check(node, constant, written, options, blocked=blocked)
+        if permit is not None and not isinstance(plan, Refused):
+            plan = permit(node, plan) or plan
         if isinstance(plan, Refused):
             refuse(node, "fold", RULE, plan)
         else:
@@ -181,15 +196,9 @@ def writer_of(
     if g.dtype(writer.weight) is torch.float16:
         return Refused(Refusal.RANGE, writer.node)
     # `linear` and `addmm` broadcast a bias: one for each row would be no bias after the scale
-    if writer.bias is not None and g.shape(writer.bias) != (channels_of(writer),):
+    if writer.bias is not None and g.shape(writer.bias) != (writer.channels,):
         return Refused(Refusal.NOT_LINEAR_BEFORE, writer.node)
     return writer
-
-
-def channels_of(writer: Writer) -> Any:
-    """How many channels an operator makes."""
-    shape: Any = g.shape(writer.weight)
-    return shape[writer.dim] * writer.groups
 
 
 def moved_from(node: fx.Node, dim: int) -> int | None:
@@ -246,7 +255,10 @@ def _replace(graph: fx.Graph, node: fx.Node, writer: Writer) -> None:
     _bring_up(node, writer.node)
     with graph.inserting_before(writer.node):
         emit = Emitter(graph, writer.node, RULE)
-        scale, shift = _scale_and_shift(emit, node, channels_of(writer))
+        scale, shift = _scale_and_shift(emit, node, writer.channels)
+        if scale is None and node.args[4] is None and writer.bias is None:
+            if g.shape(node.args[2]) == (writer.channels,):
+                shift = node.args[2]  # as it is, without a copy
         scale_weight(emit, writer, scale, shift)
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -272,11 +284,11 @@ def _bring_up(node: fx.Node, writer: fx.Node) -> None:
         writer.prepend(current)
 
 
-def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.Node, Any]:
-    """(s, t) of s * x + t, in float64, one number for each channel; t is None for zero."""
+def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[Any, Any]:
+    """(s, t) of s * x + t, in float64, a number for each channel; None for s = 1 and t = 0."""
     scale, mean, shift = given_affine(emit, node, channels)
     if mean is not None:
-        moved = emit(aten.mul.Tensor, mean, scale)
+        moved = mean if scale is None else emit(aten.mul.Tensor, mean, scale)
         shift = (
             emit(aten.neg.default, moved) if shift is None else emit(aten.sub.Tensor, shift, moved)
         )
@@ -284,9 +296,9 @@ def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.No
 
 
 def given_affine(emit: Emitter | Values, node: fx.Node, channels: int) -> tuple[Any, Any, Any]:
-    """(s, m, b) of s * (x - m) + b, in float64, one number for each channel; None for zero.
+    """(s, m, b) of s * (x - m) + b, in float64, a number for each channel.
 
-    As new nodes, or as the numbers they have now.
+    As new nodes, or as the numbers they have now; None for s = 1, m = 0 and b = 0.
     """
     spec: Any = node.kwargs["spec"]
     weight, bias, eps, mean, square = (
@@ -300,7 +312,6 @@ def given_affine(emit: Emitter | Values, node: fx.Node, channels: int) -> tuple[
         scale = weight if scale is None else emit(aten.mul.Tensor, scale, weight)
     if scale is not None and spec.scale != 1.0:
         scale = emit(aten.mul.Tensor, scale, spec.scale)
-    assert scale is not None  # a static norm has its root in its weight
     return scale, mean, bias
 
 
@@ -322,8 +333,9 @@ def scale_weight(emit: Emitter, writer: Writer, scale: Any, shift: Any) -> None:
         like = g.value(bias)
         if like is None:
             with g.fake_mode(weight), torch.no_grad():
-                like = g.value(weight).new_empty(channels_of(writer))
-        shift = emit(aten.to.dtype, shift, like.dtype, like=like)
+                like = g.value(weight).new_empty(writer.channels)
+        if g.dtype(shift) != like.dtype:
+            shift = emit(aten.to.dtype, shift, like.dtype, like=like)
     packet = g.packet(node)
     if packet is aten.addmm:
         node.args = (shift, node.args[1], folded)

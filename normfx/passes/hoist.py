@@ -23,7 +23,7 @@ from normfx.torch_internals import mark_static
 aten = torch.ops.aten
 
 # No computation, only another look at the same storage: not worth a buffer.
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {
         aten.view,
         aten.reshape,
@@ -90,13 +90,15 @@ def hoist(
     """
     graph = gm.graph
     constant = g.parameter_only(graph)
+    _merge(graph, constant, set(conditions))
     targets = _targets(graph, constant)
     outputs = [*targets, *conditions]
     if not outputs:
         return None
     placeholders = list(graph.find_nodes(op="placeholder"))
-    needed = behind(outputs)
-    compute = _copied(gm, needed, outputs)
+    needed = g.behind(outputs)
+    compute = computing(gm, outputs)
+    returned = _returned(graph, constant)
     last = placeholders[-1]
     values = []
     for index, node in enumerate(targets):
@@ -104,6 +106,7 @@ def hoist(
             last = graph.placeholder(f"normfx_hoisted_{index}")
         g.inherit_meta(last, node)
         mark_static(last)
+        _give_back(graph, node, last, returned)
         node.replace_all_uses_with(last, propagate_meta=False)
         held = g.tensor(node)
         assert held is not None
@@ -116,29 +119,72 @@ def hoist(
     return Hoisted(compute, positions, tuple(values), len(conditions))
 
 
-def _copied(gm: fx.GraphModule, needed: set[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
-    """A graph module of its own for these nodes."""
+def _merge(graph: fx.Graph, constant: set[fx.Node], kept: set[fx.Node]) -> None:
+    """Leaves one of several equal computations, so that there is one copy of what they make.
+
+    A weight that is used with one norm at several depths is folded once at each of them.
+    """
+    # the caller may write to one of two equal results, which must not be seen in the other
+    returned = {g.storage(node) for node in graph.output_node().all_input_nodes} - {None}
+    first: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node not in constant or node.op == "placeholder" or g.storage(node) in returned:
+            continue
+        if node in kept:
+            continue
+        # as text: 1, 1.0 and True are equal, but not the same argument
+        call = repr((node.op, str(node.target), node.args, sorted(node.kwargs.items())))
+        same = first.setdefault(call, node)
+        if same is not node:
+            node.replace_all_uses_with(same, propagate_meta=False)
+            graph.erase_node(node)
+            constant.discard(node)
+
+
+def computing(gm: fx.GraphModule, targets: list[fx.Node]) -> fx.GraphModule:
+    """A graph module of its own that makes these values, from the inputs that they depend on."""
+    needed = g.behind(targets)
     compute = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node in needed:
             copies[node] = compute.node_copy(node, lambda n: copies[n])
-    compute.output(tuple(copies[node] for node in outputs))
+    compute.output(tuple(copies[node] for node in targets))
     return fx.GraphModule(gm, compute)
+
+
+def _returned(graph: fx.Graph, constant: set[fx.Node]) -> set[fx.Node]:
+    """The output, and the views between a computed value and the output."""
+    found = {graph.output_node()}
+    for node in graph.output_node().all_input_nodes:
+        while node in constant and _computed(node) not in (None, node):
+            found.add(node)
+            node = node.all_input_nodes[0]
+    return found
+
+
+def _give_back(graph: fx.Graph, node: fx.Node, hoisted: fx.Node, returned: set[fx.Node]) -> None:
+    """Returns a copy to the caller, who may write to it and owns it; one at each call."""
+    readers = [user for user in node.users if user in returned]
+    if not readers:
+        return
+    with graph.inserting_before(node):
+        copied = graph.call_function(aten.clone.default, (hoisted,))
+    g.inherit_meta(copied, node)
+    for reader in readers:
+        reader.replace_input_with(node, copied)
 
 
 def _targets(graph: fx.Graph, constant: set[fx.Node]) -> list[fx.Node]:
     """The computed values that the rest of the graph reads, in order."""
     found: dict[fx.Node, None] = {}
-    # what the caller gets may be written to, and is the caller's: it is made anew at every call
-    returned = {_computed(node) for node in graph.output_node().all_input_nodes if node in constant}
     for node in graph.nodes:
         if node not in constant or node.op != "call_function":
             continue
         if all(user in constant for user in node.users):
             continue
         base = _computed(node)
-        if base is not None and base not in found and base not in returned and _is_hoistable(base):
+        if base is not None and base not in found and _is_hoistable(base):
             found[base] = None
     return [node for node in graph.nodes if node in found]
 
@@ -150,10 +196,10 @@ def _computed(node: fx.Node) -> fx.Node | None:
         if current.op != "call_function":
             return None
         source = current.args[0] if current.args else None
-        is_view = g.packet(current) in _VIEWS or (
+        is_view = g.packet(current) in VIEWS or (
             current.target is operator.getitem
             and isinstance(source, fx.Node)
-            and g.packet(source) in _VIEWS
+            and g.packet(source) in VIEWS
         )
         if not is_view:
             return current
@@ -169,17 +215,6 @@ def _is_hoistable(node: fx.Node) -> bool:
         or any(not isinstance(s, int) for s in held.shape)
     ):
         return False
-    inputs = [g.tensor(n) for n in behind([node]) if n.op == "placeholder"]
+    inputs = [g.tensor(n) for n in g.behind([node]) if n.op == "placeholder"]
     size = sum(t.numel() for t in inputs if t is not None)
     return bool(inputs) and held.numel() <= MAX_GROWTH * size
-
-
-def behind(nodes: list[fx.Node]) -> set[fx.Node]:
-    """These nodes and everything they are computed from."""
-    seen, pending = set(nodes), list(nodes)
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                pending.append(source)
-    return seen

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfx.passes.hoist import behind
+from normfx import graph as g
 from normfx.torch_internals import is_fake, without_autocast
 
 
@@ -45,7 +45,7 @@ class Values:
     def of(self, node: fx.Node) -> Any:
         """The value of a node that is computed from parameters alone, or None."""
         if node not in self._known:
-            needed = behind([node])
+            needed = g.behind([node])
             for current in [n for n in node.graph.nodes if n in needed]:
                 if current not in self._known:
                     self._known[current] = self._computed(current)

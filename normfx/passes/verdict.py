@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import fx
 
@@ -17,6 +18,10 @@ class Refused:
 
     code: Refusal
     node: fx.Node
+
+
+# What may still refuse a plan that a rule holds legal, for a norm: the caller of the rule.
+Permit: TypeAlias = Callable[[fx.Node, Any], "Refused | None"]
 
 
 def refuse(norm: fx.Node, stage: str, rule: str, refused: Refused) -> None:
