@@ -132,7 +132,7 @@ def _check(
                 return Refused(Refusal.MUTATED, user)
             pending += [(user, moved, next_user) for next_user in user.users]
             continue
-        reader = _reader(source, user, channels, constant, shifted=shifted)
+        reader = reader_of(source, user, channels, constant, shifted=shifted)
         if isinstance(reader, Refused):
             return reader
         if user in readers:  # of two parts of its input, or twice of one
@@ -157,9 +157,10 @@ def _is_number(operand: fx.Node) -> bool:
     return all(is_one(size) for size in g.shape(operand) or ())
 
 
-def _reader(
+def reader_of(
     source: fx.Node, user: fx.Node, channels: Channels, constant: set[fx.Node], *, shifted: bool
 ) -> Reader | Refused:
+    """The linear operator that reads some channels, if it may take a scale (and a shift) over."""
     packet = g.packet(user)
     args: Any = user.args
     rank = channels.labels.dim()
@@ -214,14 +215,14 @@ def _reader(
 def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
     weight, bias = node.args[1], node.args[2]
     for reader in readers:
-        _fold_into(graph, reader, weight, bias)
+        fold_into(graph, reader, weight, bias)
     spec: Any = node.kwargs["spec"]
     # the dtype of the result stays that of the norm with its affine part
     node.args = (node.args[0], None, None, *node.args[3:])
     node.kwargs = {**node.kwargs, "spec": spec._replace(affine_dim=None)}
 
 
-def _fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
+def fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
     """Gives a reader the weight and bias that it has with the norm's: W diag(s) and c + W t."""
     node = reader.node
     held: Any = g.tensor(reader.weight)
@@ -291,8 +292,9 @@ def _give(graph: fx.Graph, reader: Reader, weight: fx.Node, bias: fx.Node | None
     elif bias is reader.bias:
         node.args = (source, weight, *node.args[2:])
     else:  # a bias is made: the product becomes a linear layer, which adds it in its epilogue
-        with graph.inserting_before(node):
-            transposed = Emitter(graph, node, RULE)(aten.t.default, weight)
+        with graph.inserting_before(node), g.fake_mode(node), torch.no_grad():
+            held: Any = g.value(weight)
+            transposed = Emitter(graph, node, RULE)(aten.t.default, weight, like=held.t())
         node.target = aten.linear.default
         node.args = (source, transposed, bias)
 

@@ -97,7 +97,23 @@ def _check(
     *,
     blocked: Refusal | None,
 ) -> Writer | Refused:
-    if not options.allows(RULE):
+    channel = given_channel(node, constant, options, RULE, blocked=blocked)
+    if isinstance(channel, Refused):
+        return channel
+    spec: Any = node.kwargs["spec"]
+    return writer_of(node, node.args[0], channel, spec.out_dtype, constant, written)
+
+
+def given_channel(
+    node: fx.Node,
+    constant: set[fx.Node],
+    options: Options,
+    rule: str,
+    *,
+    blocked: Refusal | None,
+) -> int | Refused:
+    """The dim that s and t of a norm with given statistics run along, if a rule may use them."""
+    if not options.allows(rule):
         return Refused(Refusal.RULE_OFF, node)
     if blocked is not None:
         return Refused(blocked, node)
@@ -113,9 +129,27 @@ def _check(
             return Refused(Refusal.NOT_CONSTANT, operand)
     given = operands[:3] + operands[5:] if spec.statistic == "running" else operands
     channel = channel_dim(node, given)  # the statistics themselves are one for each channel
-    if channel is None:
-        return Refused(Refusal.CHANNELS_MIXED, node)
-    reader, source = node, node.args[0]
+    return Refused(Refusal.CHANNELS_MIXED, node) if channel is None else channel
+
+
+def writer_of(
+    reader: fx.Node,
+    source: Any,
+    channel: int,
+    dtype: Any,
+    constant: set[fx.Node],
+    written: set[int | None],
+) -> Writer | Refused:
+    """The operator that makes the channels of what a reader reads, if it may make others.
+
+    Args:
+        reader: reads them; nothing else does.
+        source: what it reads.
+        channel: the dim of the source that numbers the channels.
+        dtype: of the source, and of all between it and the operator.
+        constant: the nodes whose value depends on parameters alone.
+        written: the storages that are written to.
+    """
     while True:
         assert isinstance(source, fx.Node)
         if len(source.users) > 1:
@@ -123,7 +157,7 @@ def _check(
             return Refused(Refusal.EXTRA_USER, others[0])
         if g.storage(source) in written:
             return Refused(Refusal.MUTATED, source)
-        if g.dtype(source) != spec.out_dtype:
+        if g.dtype(source) != dtype:
             return Refused(Refusal.NOT_LINEAR_BEFORE, source)
         writer = _writer(source, channel)
         if isinstance(writer, Writer):
@@ -139,12 +173,12 @@ def _check(
     if g.dtype(writer.weight) is torch.float16:
         return Refused(Refusal.RANGE, writer.node)
     # `linear` and `addmm` broadcast a bias: one for each row would be no bias after the scale
-    if writer.bias is not None and g.shape(writer.bias) != (_channels(writer),):
+    if writer.bias is not None and g.shape(writer.bias) != (channels_of(writer),):
         return Refused(Refusal.NOT_LINEAR_BEFORE, writer.node)
     return writer
 
 
-def _channels(writer: Writer) -> Any:
+def channels_of(writer: Writer) -> Any:
     """How many channels an operator makes."""
     shape: Any = g.shape(writer.weight)
     return shape[writer.dim] * writer.groups
@@ -204,8 +238,8 @@ def _replace(graph: fx.Graph, node: fx.Node, writer: Writer) -> None:
     _bring_up(node, writer.node)
     with graph.inserting_before(writer.node):
         emit = Emitter(graph, writer.node, RULE)
-        scale, shift = _scale_and_shift(emit, node, _channels(writer))
-        _scale_weight(emit, writer, scale, shift)
+        scale, shift = scale_and_shift(emit, node, channels_of(writer))
+        scale_weight(emit, writer, scale, shift)
     source = node.args[0]
     assert isinstance(source, fx.Node)
     spec: Any = node.kwargs["spec"]
@@ -230,7 +264,7 @@ def _bring_up(node: fx.Node, writer: fx.Node) -> None:
         writer.prepend(current)
 
 
-def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.Node, Any]:
+def scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.Node, Any]:
     """(s, t) of s * x + t, in float64, one number for each channel; t is None for zero."""
     spec: Any = node.kwargs["spec"]
     weight, bias, eps, mean, square = (
@@ -260,7 +294,8 @@ def _row(emit: Emitter, operand: Any, channels: int) -> fx.Node:
     return emit(aten.expand.default, row, [channels])
 
 
-def _scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> None:
+def scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> None:
+    """Makes an operator compute s * y + t in place of y."""
     node, weight, bias = writer.node, writer.weight, writer.bias
     shape: Any = g.shape(weight)
     dtype = g.dtype(weight)
@@ -282,7 +317,7 @@ def _scale_weight(emit: Emitter, writer: Writer, scale: fx.Node, shift: Any) -> 
         like = g.value(bias)
         if like is None:
             with g.fake_mode(weight), torch.no_grad():
-                like = g.value(weight).new_empty(_channels(writer))
+                like = g.value(weight).new_empty(channels_of(writer))
         shift = emit(aten.to.dtype, shift, like.dtype, like=like)
     packet = g.packet(node)
     if packet is aten.addmm:
