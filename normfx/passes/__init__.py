@@ -7,6 +7,9 @@ RULES: dict[str, str] = {
     "fold-statistics-into-previous": (
         "a norm whose statistics are given into the linear operator or convolution before it"
     ),
+    "fold-statistics-into-next": (
+        "a norm whose statistics are given into the linear operators and convolutions after it"
+    ),
     "fold-affine-into-linear": (
         "a norm's weight and bias into the linear operators and convolutions after it"
     ),

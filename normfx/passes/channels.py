@@ -255,7 +255,11 @@ def _gather(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | No
     """Numbers picked along a dim that has one channel; along the others they keep their places."""
     dim: Any = g.arguments(user)["dim"]
     made = g.shape(user)
-    if made is None or len(made) != channels.labels.dim() or not channels.is_free([dim % len(made)]):
+    if (
+        made is None
+        or len(made) != channels.labels.dim()
+        or not channels.is_free([dim % len(made)])
+    ):
         return None
     labels = channels.labels
     for d in channels.dims():

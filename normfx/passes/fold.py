@@ -3,14 +3,24 @@
     norm(x; w, b) @ V^T + c  =  norm(x; 1, 0) @ (V diag(w))^T + (c + V b)        (FlashNorm,
     2407.09577, 1 and 3)
 
+A norm whose statistics are given is s * x + t altogether, so all of it goes, and what it reads is
+read in its place. With m = |s| and p = s / m that also holds across a maximum, and before zeros:
+
+    max_pool(s * x + t)       =  m * max_pool(p * x) + t
+    conv(pad(s * x + t; 0))   =  conv(m * pad(p * x; -t / m) + t)       as m * (-t / m) + t = 0
+
+for each channel; ReLU takes m out as a maximum does, where t is zero. Where nothing asks for p, it
+is left out and m is s. Elsewhere it takes no time: what makes x multiplies it while it is at hand.
+An s next to zero stays in p, so that nothing is divided by it.
+
 The folded weights are ordinary nodes of the graph: `hoist` moves them out of it. They are computed
-in float64 and rounded once. Every reader must take its share, or the norm keeps its affine part; a
-weight that has other readers stays whole, since a reader gets a weight of its own.
+in float64 and rounded once. Every reader must take its share, or the norm stays as it is; a weight
+that has other readers stays whole, since a reader gets a weight of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,17 +30,24 @@ from normfx import graph as g
 from normfx.layout import is_one, plain
 from normfx.ops import norm
 from normfx.options import Options
-from normfx.passes.channels import NONE, Channels, channel_dim
+from normfx.passes.channels import NONE, Channels, channel_dim, is_monotonic
 from normfx.passes.emit import Emitter
+from normfx.passes.fold_back import given_channel, scale_and_shift
+from normfx.passes.sign import is_nonnegative
 from normfx.passes.verdict import Refused, change, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
 
 RULE = "fold-affine-into-linear"
+STATISTICS_RULE = "fold-statistics-into-next"
 
 _CONVOLUTIONS = frozenset({aten.conv1d, aten.conv2d, aten.conv3d})
 _TRANSPOSED = frozenset({aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d})
+# What libraries call where torch has no kernel for the operator that it is.
+_STANDS_FOR = {"transformers::grouped_mm_fallback": aten._grouped_mm}
+# A scale is not divided by where it is smaller than this.
+_SMALL = 2.0**-32
 # A weight that is put together of more pieces than this costs more than it saves.
 _MAX_PIECES = 64
 
@@ -48,6 +65,8 @@ class Reader:
         out: its dim of outputs, or None if there are more than one.
         groups: of a convolution: its channels are numbered by (group, dim).
         channels: the channels along that dim.
+        padding: of a convolution, the zeros that it puts around what it reads, as `pad` takes them,
+            where these are to become another number.
     """
 
     node: fx.Node
@@ -58,40 +77,65 @@ class Reader:
     out: int | None
     groups: int
     channels: Channels
+    padding: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who takes a norm's affine part over.
+
+    Attributes:
+        readers: all that contract its channels.
+        dim: of the norm's result, that the channels are numbered by.
+        channels: how many there are.
+        signed: whether p stays, for a maximum or a padding on the way.
+    """
+
+    readers: list[Reader]
+    dim: int
+    channels: int
+    signed: bool
 
 
 def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
     """Folds the affine part of every canonical norm whose readers are all linear.
 
+    Of a norm whose statistics are given that is all of it.
+
     Args:
         gm: a graph with canonical nodes; changed in place.
-        options: says whether the rule may run.
+        options: says whether the rules may run.
         blocked: why nothing may be folded in this graph (gradients flow, say), or None.
 
-    Every norm of an activation gets one record.
+    Every norm of an activation gets one record, of one of the two rules.
 
     Refuses:
-        no-affine, rule-off, needs-grad, inside-a-body, weight-not-tracked, mutation-between,
-        affine-not-constant, dim-not-last, no-reader, extra-user, reader-not-linear, zero-padding,
+        no-affine, rule-off, needs-grad, inside-a-body, weight-not-tracked, statistics-not-tracked,
+        mutation-between, affine-not-constant, channels-mixed, writer-not-linear, dim-not-last,
+        no-reader, extra-user, reader-not-linear, zero-padding, sign-not-known,
         weight-not-constant, range-too-small.
     """
     constant = g.parameter_only(gm.graph)
     written = g.written_storages(gm.graph)
-    for node in list(gm.graph.nodes):
-        if (
-            not g.is_call(node, norm) or node.args[0] in constant
-        ):  # a standardised weight: hoist takes all of it
+    for node in list(gm.graph.find_nodes(op="call_function", target=norm)):
+        if node.args[0] in constant:  # a standardised weight: hoist takes all of it
             continue
-        plan = _check(node, constant, written, options, blocked=blocked)
+        spec: Any = node.kwargs["spec"]
+        given = spec.statistic in ("running", "static")
+        rule = STATISTICS_RULE if given else RULE
+        plan = _check(node, constant, written, options, given=given, blocked=blocked)
         if isinstance(plan, Refused):
-            refuse(node, "fold", RULE, plan)
+            refuse(node, "fold", rule, plan)
+            continue
+        if given:
+            _replace_all(gm.graph, node, plan)
         else:
-            _replace(gm.graph, node, plan)
-            # another norm may be read by the same operators, beside this one
-            made = [n for reader in plan for n in reader.node.all_input_nodes]
-            constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
-            names = ", ".join(reader.node.name for reader in plan)
-            change(node, "fold", RULE, f"into {names}")
+            _replace(gm.graph, node, plan.readers)
+        # another norm may be read by the same operators, beside this one
+        made = [n for reader in plan.readers for n in reader.node.all_input_nodes]
+        constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
+        names = ", ".join(reader.node.name for reader in plan.readers)
+        change(node, "fold", rule, f"into {names}")
 
 
 def _check(
@@ -100,28 +144,30 @@ def _check(
     written: set[int | None],
     options: Options,
     *,
+    given: bool,
     blocked: Refusal | None,
-) -> list[Reader] | Refused:
-    if node.args[1] is None and node.args[2] is None:
-        return Refused(Refusal.NOT_AFFINE, node)
-    if not options.allows(RULE):
-        return Refused(Refusal.RULE_OFF, node)
-    if blocked is not None:
-        return Refused(blocked, node)
-    if g.storage(node) in written:
+) -> Plan | Refused:
+    if given:
+        dim = given_channel(node, constant, options, STATISTICS_RULE, blocked=blocked)
+    else:
+        dim = _affine_dim(node, constant, options, blocked=blocked)
+    if isinstance(dim, Refused):
+        return dim
+    if g.storage(node) in written or (given and g.storage(node.args[0]) in written):
         return Refused(Refusal.MUTATED, node)
-    operands: Any = [operand for operand in node.args[1:3] if operand is not None]
-    for operand in operands:
-        if operand not in constant:
-            return Refused(Refusal.NOT_CONSTANT, operand)
-    start = _start(node, operands)
-    if start is None:
+    spec: Any = node.kwargs["spec"]
+    if given and g.dtype(node.args[0]) != spec.out_dtype:
+        return Refused(Refusal.NOT_LINEAR_BEFORE, node)
+    shape: Any = g.shape(node)
+    size = plain(shape[dim])
+    if not isinstance(size, int):
         return Refused(Refusal.DIM_NOT_LAST, node)
     if not node.users:
         return Refused(Refusal.NO_READER, node)
-    shifted = node.args[2] is not None
+    shifted = node.args[2] is not None or (given and node.args[4] is not None)
+    signed = False
     readers: dict[fx.Node, Reader] = {}
-    pending = [(node, start, user) for user in node.users]
+    pending = [(node, Channels.along(len(shape), dim, size), user) for user in node.users]
     while pending:
         source, channels, user = pending.pop()
         if user.op == "output":
@@ -130,27 +176,46 @@ def _check(
         if moved is not None:
             if g.storage(user) in written and g.storage(user) is not None:
                 return Refused(Refusal.MUTATED, user)
+            if is_monotonic(user) and not _never_negative(node):
+                if not given:  # p in place of the weight: nothing is gained
+                    return Refused(Refusal.SIGN, user)
+                signed = True
             pending += [(user, moved, next_user) for next_user in user.users]
             continue
-        reader = reader_of(source, user, channels, constant, shifted=shifted)
+        reader = reader_of(source, user, channels, constant, shifted=shifted, given=given)
         if isinstance(reader, Refused):
             return reader
         if user in readers:  # of two parts of its input, or twice of one
             return Refused(Refusal.NOT_LINEAR, user)
         readers[user] = reader
-    return sorted(readers.values(), key=lambda r: r.node.name)
+        signed = signed or bool(reader.padding)
+    return Plan(sorted(readers.values(), key=lambda r: r.node.name), dim, size, signed)
 
 
-def _start(node: fx.Node, operands: list[fx.Node]) -> Channels | None:
-    """The channels of a norm's result: its last dim, where the operands are single numbers."""
-    shape: Any = g.shape(node)
+def _affine_dim(
+    node: fx.Node, constant: set[fx.Node], options: Options, *, blocked: Refusal | None
+) -> int | Refused:
+    """The dim that a norm's weight and bias run along; its last, where they are single numbers."""
+    operands: Any = [operand for operand in node.args[1:3] if operand is not None]
+    if not operands:
+        return Refused(Refusal.NOT_AFFINE, node)
+    if not options.allows(RULE):
+        return Refused(Refusal.RULE_OFF, node)
+    if blocked is not None:
+        return Refused(blocked, node)
+    for operand in operands:
+        if operand not in constant:
+            return Refused(Refusal.NOT_CONSTANT, operand)
     dim = channel_dim(node, operands)
     if dim is None and all(_is_number(operand) for operand in operands):
-        dim = len(shape) - 1
-    size = None if dim is None else plain(shape[dim])
-    if dim is None or not isinstance(size, int):
-        return None
-    return Channels.along(len(shape), dim, size)
+        dim = len(g.shape(node) or ()) - 1
+    return Refused(Refusal.DIM_NOT_LAST, node) if dim is None else dim
+
+
+def _never_negative(node: fx.Node) -> bool:
+    """Whether no channel of a norm is scaled by a negative number."""
+    spec: Any = node.kwargs["spec"]
+    return spec.scale > 0 and (node.args[1] is None or is_nonnegative(node.args[1]))
 
 
 def _is_number(operand: fx.Node) -> bool:
@@ -158,14 +223,29 @@ def _is_number(operand: fx.Node) -> bool:
 
 
 def reader_of(
-    source: fx.Node, user: fx.Node, channels: Channels, constant: set[fx.Node], *, shifted: bool
+    source: fx.Node,
+    user: fx.Node,
+    channels: Channels,
+    constant: set[fx.Node],
+    *,
+    shifted: bool,
+    given: bool = False,
 ) -> Reader | Refused:
-    """The linear operator that reads some channels, if it may take a scale (and a shift) over."""
-    packet = g.packet(user)
+    """The linear operator that reads some channels, if it may take a scale (and a shift) over.
+
+    Args:
+        source: what has the channels.
+        user: what reads it.
+        channels: of the source.
+        constant: the nodes whose value depends on parameters alone.
+        shifted: whether there is a shift.
+        given: whether the statistics are, so that zeros may become another number.
+    """
+    packet = _STANDS_FOR.get(_name(user), g.packet(user))
     args: Any = user.args
     rank = channels.labels.dim()
     bias: Any = None
-    groups, out, contracted = 1, None, rank - 1
+    groups, out, contracted, padding = 1, None, rank - 1, ()
     if packet is aten.linear:
         x, weight, dim, out = args[0], args[1], 1, 0
         bias = args[2] if len(args) > 2 else None
@@ -189,9 +269,11 @@ def reader_of(
         contracted = rank + 1 - len(g.shape(weight) or ())
         groups = 1 if packet in _TRANSPOSED else named["groups"]
         dim, out = (0, None) if packet in _TRANSPOSED else (1, 0)
-        padded = isinstance(named["padding"], str) or any(named["padding"])
-        if shifted and (padded or packet in _TRANSPOSED):
-            return Refused(Refusal.PADDING, user)
+        zeros = None if packet in _TRANSPOSED else _zeros_around(user, weight)
+        if shifted and (zeros is None or any(zeros)):
+            if zeros is None or not given or g.dtype(source) is torch.float16:
+                return Refused(Refusal.PADDING, user)
+            padding = zeros
     else:
         return Refused(Refusal.NOT_LINEAR, user)
     if x is not source or sum(a is source for a in args) > 1 or dim < 0:
@@ -209,7 +291,34 @@ def reader_of(
         return Refused(Refusal.NOT_LINEAR, user)
     if len(channels.stretches()) > _MAX_PIECES or (groups > 1 and not channels.dims()):
         return Refused(Refusal.NOT_LINEAR, user)
-    return Reader(user, source, weight, bias, dim, out, groups, channels)
+    return Reader(user, source, weight, bias, dim, out, groups, channels, padding)
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _zeros_around(convolution: fx.Node, weight: fx.Node) -> tuple[int, ...] | None:
+    """How many zeros a convolution puts around its input, from the last dim on, as `pad` has it."""
+    named = g.arguments(convolution)
+    taps: Any = g.shape(weight)
+    spatial = len(taps) - 2
+    before = after = named["padding"]
+    if before == "valid":
+        before = after = [0]
+    elif before == "same":
+        steps = _each(named["dilation"], spatial)
+        both = [step * (size - 1) for step, size in zip(steps, taps[2:], strict=True)]
+        before, after = [size // 2 for size in both], [size - size // 2 for size in both]
+    pairs = zip(_each(before, spatial), _each(after, spatial), strict=True)
+    found = tuple(size for pair in reversed(list(pairs)) for size in pair)
+    return found if all(isinstance(size, int) for size in found) else None
+
+
+def _each(numbers: Any, dims: int) -> list[Any]:
+    """A number for each dim, of a list that has one for all of them or one each."""
+    return list(numbers) * (dims if len(numbers) == 1 else 1)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
@@ -220,6 +329,72 @@ def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
     # the dtype of the result stays that of the norm with its affine part
     node.args = (node.args[0], None, None, *node.args[3:])
     node.kwargs = {**node.kwargs, "spec": spec._replace(affine_dim=None)}
+
+
+def _replace_all(graph: fx.Graph, node: fx.Node, plan: Plan) -> None:
+    """Folds a norm whose statistics are given: what it reads is read in its place."""
+    source: Any = node.args[0]
+    spec: Any = node.kwargs["spec"]
+    with graph.inserting_before(node):
+        emit = Emitter(graph, node, STATISTICS_RULE)
+        scale, shift = scale_and_shift(emit, node, plan.channels)
+        if plan.signed:
+            size = emit(aten.clamp_min.default, emit(aten.abs.default, scale), _SMALL)
+            source = _signed(emit, node, emit(aten.div.Tensor, scale, size), plan)
+            scale = size
+        if spec.contiguous:
+            source = graph.call_function(aten.contiguous.default, (source,))
+            g.inherit_meta(source, node)
+    node.replace_all_uses_with(source, propagate_meta=False)
+    for reader in plan.readers:
+        held = replace(reader, source=source) if reader.source is node else reader
+        fold_into(graph, _padded(graph, held, scale, shift), scale, shift)
+    graph.erase_node(node)
+
+
+def _signed(emit: Emitter, node: fx.Node, signs: fx.Node, plan: Plan) -> fx.Node:
+    """What a norm reads, each channel times p, the sign of its scale."""
+    held: Any = g.tensor(node.args[0])
+    shape = [1] * held.dim()
+    shape[plan.dim] = plan.channels
+    with g.fake_mode(node), torch.no_grad():
+        row = held.new_empty(plan.channels)
+        column = row.reshape(shape)
+    signs = emit(aten.to.dtype, signs, held.dtype, like=row)
+    signs = emit(aten.reshape.default, signs, shape, like=column)
+    return emit(aten.mul.Tensor, node.args[0], signs, like=g.value(node))
+
+
+def _padded(graph: fx.Graph, reader: Reader, scale: fx.Node, shift: fx.Node) -> Reader:
+    """The reader of what is padded with -t / m, where it padded zeros itself."""
+    if not reader.padding:
+        return reader
+    node, pads = reader.node, list(reader.padding)
+    held: Any = g.tensor(reader.source)
+    spatial = len(pads) // 2
+    width = sum(count for _, count in reader.channels.stretches())
+    with graph.inserting_before(node):
+        emit = Emitter(graph, node, STATISTICS_RULE)
+        number = emit(aten.neg.default, emit(aten.div.Tensor, shift, scale))
+        number = _at(emit, number, reader.channels, 0.0)
+        with g.fake_mode(node), torch.no_grad():
+            like = aten.constant_pad_nd.default(held, pads)
+            row = held.new_empty(width)
+            column = row.reshape([-1] + [1] * spatial)
+        number = emit(aten.to.dtype, number, held.dtype, like=row)
+        number = emit(aten.reshape.default, number, [-1] + [1] * spatial, like=column)
+        zeros = emit(aten.constant_pad_nd.default, reader.source, pads, like=like)
+        plane = emit(aten.select.int, reader.source, -spatial - 1, 0)
+        inside = emit(aten.zeros_like.default, emit(aten.unsqueeze.default, plane, -spatial - 1))
+        border = emit(aten.constant_pad_nd.default, inside, pads, 1.0)
+        border = emit(aten.to.dtype, border, torch.bool)
+        padded = emit(aten.where.self, border, number, zeros, like=like)
+    named = g.arguments(node)
+    packet: Any = g.packet(node)
+    node.target = packet.default
+    given = (named["stride"], [0] * spatial, named["dilation"], named["groups"])
+    node.args, node.kwargs = (padded, reader.weight, reader.bias, *given), {}
+    return replace(reader, source=padded, padding=())
 
 
 def fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:
