@@ -43,6 +43,7 @@ class Refusal(enum.Enum):
     NOT_TRACKED = "weight-not-tracked"
     RANGE = "range-too-small"
     IN_BODY = "inside-a-body"
+    CANCELS = "cancellation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,10 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.IN_BODY: Explanation(
         "The norm is in the body of an operator (a checkpoint), where weights are operands.",
         "Run inference without the checkpoint.",
+    ),
+    Refusal.CANCELS: Explanation(
+        "A mean or a bias would be added to a product that is rounded already: they may cancel.",
+        "Nothing to do; the norm stays as it is.",
     ),
     Refusal.NOT_TRACKED: Explanation(
         "A parameter was made in inference mode, so changes to it cannot be noticed.",

@@ -106,6 +106,11 @@ def is_monotonic(user: fx.Node) -> bool:
     return g.packet(user) in _MONOTONIC
 
 
+def is_pool(user: fx.Node) -> bool:
+    """Whether an operator leaves fewer numbers of each channel."""
+    return g.packet(user) in _POOLS
+
+
 Law: TypeAlias = Callable[[Channels, fx.Node, fx.Node], "Channels | None"]
 
 
@@ -294,6 +299,16 @@ def _spatial(count: int) -> Law:
     return _along_free(lambda user, rank: range(rank - count, rank))
 
 
+def _pooled(count: int) -> Law:
+    """A maximum over the last dims; some of these operators have the places as a second result."""
+
+    def law(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | None:
+        rank = channels.labels.dim()
+        return channels if channels.is_free(range(rank - count, rank)) else None
+
+    return law
+
+
 def _dims(user: fx.Node, rank: int) -> Sequence[int]:
     dims = g.arguments(user).get("dims") or g.arguments(user).get("dim")
     if dims is None or dims == []:
@@ -399,6 +414,15 @@ _MAX_POOLS = {
     aten.adaptive_max_pool2d: 2,
     aten.adaptive_max_pool3d: 3,
 }
+_MEAN_POOLS = {
+    aten.avg_pool1d: 1,
+    aten.avg_pool2d: 2,
+    aten.avg_pool3d: 3,
+    aten.adaptive_avg_pool1d: 1,
+    aten.adaptive_avg_pool2d: 2,
+    aten.adaptive_avg_pool3d: 3,
+}
+_POOLS = _MAXIMA_OF_ALL | _MAX_POOLS.keys() | _MEAN_POOLS.keys() | {aten.mean}
 # f(s * y) = s * f(y), but only where s is not negative.
 _MONOTONIC = _MAXIMA_OF_ALL | _RECTIFIERS | _MAX_POOLS.keys()
 # Operators that take a factor out, but need not leave a constant as it is.
@@ -446,12 +470,7 @@ _LAWS: dict[Any, Law] = {
     aten.roll: _along_free(_dims),
     # averages
     aten.mean: _mean,
-    aten.adaptive_avg_pool1d: _spatial(1),
-    aten.adaptive_avg_pool2d: _spatial(2),
-    aten.adaptive_avg_pool3d: _spatial(3),
-    aten.avg_pool1d: _spatial(1),
-    aten.avg_pool2d: _spatial(2),
-    aten.avg_pool3d: _spatial(3),
+    **{pool: _spatial(count) for pool, count in _MEAN_POOLS.items()},
     aten.upsample_nearest1d: _spatial(1),
     aten.upsample_nearest2d: _spatial(2),
     aten.upsample_bilinear2d: _spatial(2),
@@ -468,5 +487,8 @@ _LAWS: dict[Any, Law] = {
     # where s is not negative
     **dict.fromkeys(_RECTIFIERS, _same),
     **dict.fromkeys(_MAXIMA_OF_ALL, _mean),
-    **{pool: _spatial(count) for pool, count in _MAX_POOLS.items()},
+    **{pool: _pooled(count) for pool, count in _MAX_POOLS.items()},
 }
+
+# The operators above: numbers go elsewhere, or are multiplied, added up or left out.
+MOVES = frozenset(_LAWS)

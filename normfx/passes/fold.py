@@ -4,14 +4,14 @@
     2407.09577, 1 and 3)
 
 A norm whose statistics are given is s * x + t altogether, so all of it goes, and what it reads is
-read in its place. With m = |s| and p = s / m that also holds across a maximum, and before zeros:
+read in its place. With a maximum on the way, its sign p stays, and the rest moves behind that:
 
-    max_pool(s * x + t)       =  m * max_pool(p * x) + t
-    conv(pad(s * x + t; 0))   =  conv(m * pad(p * x; -t / m) + t)       as m * (-t / m) + t = 0
+    max_pool(s * x + t)  =  m * (max_pool(p * x) + t / m)        with m = |s|, p = s / m
 
-for each channel; ReLU takes m out as a maximum does, where t is zero. Where nothing asks for p, it
-is left out and m is s. Elsewhere it takes no time: what makes x multiplies it while it is at hand.
-An s next to zero stays in p, so that nothing is divided by it.
+for each channel. The operator takes m over and m * t / m, too, unless it pads zeros, which t would
+be missing from; then t / m is added in front of it, to fewer numbers than there were, and the same
+with the mean, which may cancel. ReLU takes m out as a maximum does, where t is zero. An s next to
+zero stays in p, so that nothing is divided by it. p is left out where s cannot be negative.
 
 The folded weights are ordinary nodes of the graph: `hoist` moves them out of it. They are computed
 in float64 and rounded once. Every reader must take its share, or the norm stays as it is; a weight
@@ -30,9 +30,10 @@ from normfx import graph as g
 from normfx.layout import is_one, plain
 from normfx.ops import norm
 from normfx.options import Options
-from normfx.passes.channels import NONE, Channels, channel_dim, is_monotonic
+from normfx.passes.channels import NONE, Channels, channel_dim, is_monotonic, is_pool
 from normfx.passes.emit import Emitter
-from normfx.passes.fold_back import given_channel, scale_and_shift
+from normfx.passes.fold_back import given_channel, row_of, scale_and_shift
+from normfx.passes.rounding import rounded
 from normfx.passes.sign import is_nonnegative
 from normfx.passes.verdict import Refused, change, refuse
 from normfx.record import Refusal
@@ -65,8 +66,7 @@ class Reader:
         out: its dim of outputs, or None if there are more than one.
         groups: of a convolution: its channels are numbered by (group, dim).
         channels: the channels along that dim.
-        padding: of a convolution, the zeros that it puts around what it reads, as `pad` takes them,
-            where these are to become another number.
+        padded: whether it puts zeros around what it reads, and a shift would be missing there.
     """
 
     node: fx.Node
@@ -77,7 +77,7 @@ class Reader:
     out: int | None
     groups: int
     channels: Channels
-    padding: tuple[int, ...] = ()
+    padded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +88,22 @@ class Plan:
         readers: all that contract its channels.
         dim: of the norm's result, that the channels are numbered by.
         channels: how many there are.
-        signed: whether p stays, for a maximum or a padding on the way.
+        signed: whether p stays, for a maximum on the way or zeros at its end.
     """
 
     readers: list[Reader]
     dim: int
     channels: int
     signed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a graph: its constants, the storages written to, what is rounded."""
+
+    constant: set[fx.Node]
+    written: set[int | None]
+    rounded: set[fx.Node]
 
 
 def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
@@ -112,18 +121,18 @@ def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> No
     Refuses:
         no-affine, rule-off, needs-grad, inside-a-body, weight-not-tracked, statistics-not-tracked,
         mutation-between, affine-not-constant, channels-mixed, writer-not-linear, dim-not-last,
-        no-reader, extra-user, reader-not-linear, zero-padding, sign-not-known,
+        cancellation, no-reader, extra-user, reader-not-linear, zero-padding, sign-not-known,
         weight-not-constant, range-too-small.
     """
     constant = g.parameter_only(gm.graph)
-    written = g.written_storages(gm.graph)
+    known = _Known(constant, g.written_storages(gm.graph), rounded(gm.graph, constant))
     for node in list(gm.graph.find_nodes(op="call_function", target=norm)):
         if node.args[0] in constant:  # a standardised weight: hoist takes all of it
             continue
         spec: Any = node.kwargs["spec"]
         given = spec.statistic in ("running", "static")
         rule = STATISTICS_RULE if given else RULE
-        plan = _check(node, constant, written, options, given=given, blocked=blocked)
+        plan = _check(node, known, options, given=given, blocked=blocked)
         if isinstance(plan, Refused):
             refuse(node, "fold", rule, plan)
             continue
@@ -140,24 +149,24 @@ def fold(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> No
 
 def _check(
     node: fx.Node,
-    constant: set[fx.Node],
-    written: set[int | None],
+    known: _Known,
     options: Options,
     *,
     given: bool,
     blocked: Refusal | None,
 ) -> Plan | Refused:
     if given:
-        dim = given_channel(node, constant, options, STATISTICS_RULE, blocked=blocked)
+        dim = given_channel(node, known.constant, options, STATISTICS_RULE, blocked=blocked)
     else:
-        dim = _affine_dim(node, constant, options, blocked=blocked)
+        dim = _affine_dim(node, known.constant, options, blocked=blocked)
     if isinstance(dim, Refused):
         return dim
-    if g.storage(node) in written or (given and g.storage(node.args[0]) in written):
+    if g.storage(node) in known.written:
         return Refused(Refusal.MUTATED, node)
-    spec: Any = node.kwargs["spec"]
-    if given and g.dtype(node.args[0]) != spec.out_dtype:
-        return Refused(Refusal.NOT_LINEAR_BEFORE, node)
+    if given:
+        refused = _may_not_read(node, known)
+        if refused is not None:
+            return refused
     shape: Any = g.shape(node)
     size = plain(shape[dim])
     if not isinstance(size, int):
@@ -167,29 +176,47 @@ def _check(
     shifted = node.args[2] is not None or (given and node.args[4] is not None)
     signed = False
     readers: dict[fx.Node, Reader] = {}
-    pending = [(node, Channels.along(len(shape), dim, size), user) for user in node.users]
+    start = Channels.along(len(shape), dim, size)
+    pending = [(node, start, user, False) for user in node.users]
     while pending:
-        source, channels, user = pending.pop()
+        source, channels, user, pooled = pending.pop()
         if user.op == "output":
             return Refused(Refusal.EXTRA_USER, user)
+        if g.is_pure(user) and not user.users:  # the places of a maximum that nobody asked for
+            continue
         moved = channels.through(source, user, shifted=shifted)
         if moved is not None:
-            if g.storage(user) in written and g.storage(user) is not None:
+            if g.storage(user) in known.written and g.storage(user) is not None:
                 return Refused(Refusal.MUTATED, user)
             if is_monotonic(user) and not _never_negative(node):
                 if not given:  # p in place of the weight: nothing is gained
                     return Refused(Refusal.SIGN, user)
                 signed = True
-            pending += [(user, moved, next_user) for next_user in user.users]
+            pooled = pooled or is_pool(user)
+            pending += [(user, moved, next_user, pooled) for next_user in user.users]
             continue
-        reader = reader_of(source, user, channels, constant, shifted=shifted, given=given)
+        may_add = given and pooled  # before it, to fewer numbers than the norm has
+        reader = reader_of(source, user, channels, known.constant, shifted=shifted, may_add=may_add)
         if isinstance(reader, Refused):
             return reader
         if user in readers:  # of two parts of its input, or twice of one
             return Refused(Refusal.NOT_LINEAR, user)
         readers[user] = reader
-        signed = signed or bool(reader.padding)
+        signed = signed or reader.padded
+    if given and not signed and node.args[4] is not None and node.args[0] not in known.rounded:
+        return Refused(Refusal.CANCELS, node)
     return Plan(sorted(readers.values(), key=lambda r: r.node.name), dim, size, signed)
+
+
+def _may_not_read(node: fx.Node, known: _Known) -> Refused | None:
+    """Why what a norm reads may not be read in place of it, if so."""
+    spec: Any = node.kwargs["spec"]
+    source: Any = node.args[0]
+    if g.storage(source) in known.written:
+        return Refused(Refusal.MUTATED, source)
+    if g.dtype(source) != spec.out_dtype:
+        return Refused(Refusal.NOT_LINEAR_BEFORE, source)
+    return None
 
 
 def _affine_dim(
@@ -229,7 +256,7 @@ def reader_of(
     constant: set[fx.Node],
     *,
     shifted: bool,
-    given: bool = False,
+    may_add: bool = False,
 ) -> Reader | Refused:
     """The linear operator that reads some channels, if it may take a scale (and a shift) over.
 
@@ -239,13 +266,13 @@ def reader_of(
         channels: of the source.
         constant: the nodes whose value depends on parameters alone.
         shifted: whether there is a shift.
-        given: whether the statistics are, so that zeros may become another number.
+        may_add: whether the shift may be added before an operator that pads.
     """
     packet = _STANDS_FOR.get(_name(user), g.packet(user))
     args: Any = user.args
     rank = channels.labels.dim()
     bias: Any = None
-    groups, out, contracted, padding = 1, None, rank - 1, ()
+    groups, out, contracted, padded = 1, None, rank - 1, False
     if packet is aten.linear:
         x, weight, dim, out = args[0], args[1], 1, 0
         bias = args[2] if len(args) > 2 else None
@@ -269,11 +296,9 @@ def reader_of(
         contracted = rank + 1 - len(g.shape(weight) or ())
         groups = 1 if packet in _TRANSPOSED else named["groups"]
         dim, out = (0, None) if packet in _TRANSPOSED else (1, 0)
-        zeros = None if packet in _TRANSPOSED else _zeros_around(user, weight)
-        if shifted and (zeros is None or any(zeros)):
-            if zeros is None or not given or g.dtype(source) is torch.float16:
-                return Refused(Refusal.PADDING, user)
-            padding = zeros
+        padded = shifted and (packet in _TRANSPOSED or _pads(user, weight))
+        if padded and not may_add:
+            return Refused(Refusal.PADDING, user)
     else:
         return Refused(Refusal.NOT_LINEAR, user)
     if x is not source or sum(a is source for a in args) > 1 or dim < 0:
@@ -287,11 +312,13 @@ def reader_of(
     # a bias of another shape is none: `addmm` and `linear` broadcast it
     if bias is not None and len(g.shape(bias) or ()) != 1:
         return Refused(Refusal.NOT_LINEAR, user)
-    if (shifted and out is None) or (packet is aten.linear and len(g.shape(weight) or ()) != 2):
+    if (shifted and out is None and not padded) or (
+        packet is aten.linear and len(g.shape(weight) or ()) != 2
+    ):
         return Refused(Refusal.NOT_LINEAR, user)
     if len(channels.stretches()) > _MAX_PIECES or (groups > 1 and not channels.dims()):
         return Refused(Refusal.NOT_LINEAR, user)
-    return Reader(user, source, weight, bias, dim, out, groups, channels, padding)
+    return Reader(user, source, weight, bias, dim, out, groups, channels, padded)
 
 
 def _name(node: fx.Node) -> str:
@@ -299,26 +326,12 @@ def _name(node: fx.Node) -> str:
     return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
 
 
-def _zeros_around(convolution: fx.Node, weight: fx.Node) -> tuple[int, ...] | None:
-    """How many zeros a convolution puts around its input, from the last dim on, as `pad` has it."""
-    named = g.arguments(convolution)
-    taps: Any = g.shape(weight)
-    spatial = len(taps) - 2
-    before = after = named["padding"]
-    if before == "valid":
-        before = after = [0]
-    elif before == "same":
-        steps = _each(named["dilation"], spatial)
-        both = [step * (size - 1) for step, size in zip(steps, taps[2:], strict=True)]
-        before, after = [size // 2 for size in both], [size - size // 2 for size in both]
-    pairs = zip(_each(before, spatial), _each(after, spatial), strict=True)
-    found = tuple(size for pair in reversed(list(pairs)) for size in pair)
-    return found if all(isinstance(size, int) for size in found) else None
-
-
-def _each(numbers: Any, dims: int) -> list[Any]:
-    """A number for each dim, of a list that has one for all of them or one each."""
-    return list(numbers) * (dims if len(numbers) == 1 else 1)
+def _pads(convolution: fx.Node, weight: fx.Node) -> bool:
+    """Whether a convolution puts zeros around its input."""
+    padding = g.arguments(convolution)["padding"]
+    if padding == "same":
+        return any(not is_one(taps) for taps in (g.shape(weight) or ())[2:])
+    return padding != "valid" and any(not isinstance(size, int) or size for size in padding)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
@@ -335,66 +348,87 @@ def _replace_all(graph: fx.Graph, node: fx.Node, plan: Plan) -> None:
     """Folds a norm whose statistics are given: what it reads is read in its place."""
     source: Any = node.args[0]
     spec: Any = node.kwargs["spec"]
+    mean: Any = None
     with graph.inserting_before(node):
         emit = Emitter(graph, node, STATISTICS_RULE)
+        if plan.signed and node.args[4] is not None:
+            mean = row_of(emit, node.args[4], plan.channels)
+            node.args = (*node.args[:4], None, *node.args[5:])
         scale, shift = scale_and_shift(emit, node, plan.channels)
         if plan.signed:
             size = emit(aten.clamp_min.default, emit(aten.abs.default, scale), _SMALL)
-            source = _signed(emit, node, emit(aten.div.Tensor, scale, size), plan)
-            scale = size
+            signs = emit(aten.div.Tensor, scale, size)
+            mean = None if mean is None else emit(aten.mul.Tensor, mean, signs)
+            source, scale = _signed(emit, node, signs, plan), size
         if spec.contiguous:
             source = graph.call_function(aten.contiguous.default, (source,))
             g.inherit_meta(source, node)
     node.replace_all_uses_with(source, propagate_meta=False)
-    for reader in plan.readers:
-        held = replace(reader, source=source) if reader.source is node else reader
-        fold_into(graph, _padded(graph, held, scale, shift), scale, shift)
+    for found in plan.readers:
+        reader = replace(found, source=source) if found.source is node else found
+        if mean is not None:
+            reader = _shifted(graph, reader, aten.sub.Tensor, mean, spec.stats_dtype)
+        if not reader.padded or shift is None:
+            fold_into(graph, reader, scale, shift)
+            continue
+        with graph.inserting_before(reader.node):
+            before = Emitter(graph, node, STATISTICS_RULE)(aten.div.Tensor, shift, scale)
+        reader = _shifted(graph, reader, aten.add.Tensor, before, spec.stats_dtype)
+        fold_into(graph, reader, scale, None)
     graph.erase_node(node)
 
 
 def _signed(emit: Emitter, node: fx.Node, signs: fx.Node, plan: Plan) -> fx.Node:
     """What a norm reads, each channel times p, the sign of its scale."""
     held: Any = g.tensor(node.args[0])
-    shape = [1] * held.dim()
-    shape[plan.dim] = plan.channels
-    with g.fake_mode(node), torch.no_grad():
-        row = held.new_empty(plan.channels)
-        column = row.reshape(shape)
-    signs = emit(aten.to.dtype, signs, held.dtype, like=row)
-    signs = emit(aten.reshape.default, signs, shape, like=column)
-    return emit(aten.mul.Tensor, node.args[0], signs, like=g.value(node))
+    after = held.dim() - 1 - plan.dim
+    column = _column_of(emit, signs, plan.channels, held, held.dtype, after)
+    return emit(aten.mul.Tensor, node.args[0], column, like=g.value(node))
 
 
-def _padded(graph: fx.Graph, reader: Reader, scale: fx.Node, shift: fx.Node) -> Reader:
-    """The reader of what is padded with -t / m, where it padded zeros itself."""
-    if not reader.padding:
-        return reader
-    node, pads = reader.node, list(reader.padding)
+def _shifted(
+    graph: fx.Graph, reader: Reader, combine: Any, shift: fx.Node, dtype: torch.dtype
+) -> Reader:
+    """The reader of what it reads with a number added to (or taken from) each channel.
+
+    Args:
+        graph: the graph.
+        reader: the reader.
+        combine: adds or subtracts.
+        shift: a number for each channel, in float64.
+        dtype: to add them in.
+    """
+    node = reader.node
     held: Any = g.tensor(reader.source)
-    spatial = len(pads) // 2
-    width = sum(count for _, count in reader.channels.stretches())
+    is_convolution = g.packet(node) in _CONVOLUTIONS | _TRANSPOSED
+    after = len(g.shape(reader.weight) or ()) - 2 if is_convolution else 0
+    count = sum(count for _, count in reader.channels.stretches())
     with graph.inserting_before(node):
         emit = Emitter(graph, node, STATISTICS_RULE)
-        number = emit(aten.neg.default, emit(aten.div.Tensor, shift, scale))
-        number = _at(emit, number, reader.channels, 0.0)
+        row = _at(emit, shift, reader.channels, 0.0)
+        column = _column_of(emit, row, count, held, dtype, after)
         with g.fake_mode(node), torch.no_grad():
-            like = aten.constant_pad_nd.default(held, pads)
-            row = held.new_empty(width)
-            column = row.reshape([-1] + [1] * spatial)
-        number = emit(aten.to.dtype, number, held.dtype, like=row)
-        number = emit(aten.reshape.default, number, [-1] + [1] * spatial, like=column)
-        zeros = emit(aten.constant_pad_nd.default, reader.source, pads, like=like)
-        plane = emit(aten.select.int, reader.source, -spatial - 1, 0)
-        inside = emit(aten.zeros_like.default, emit(aten.unsqueeze.default, plane, -spatial - 1))
-        border = emit(aten.constant_pad_nd.default, inside, pads, 1.0)
-        border = emit(aten.to.dtype, border, torch.bool)
-        padded = emit(aten.where.self, border, number, zeros, like=like)
-    named = g.arguments(node)
-    packet: Any = g.packet(node)
-    node.target = packet.default
-    given = (named["stride"], [0] * spatial, named["dilation"], named["groups"])
-    node.args, node.kwargs = (padded, reader.weight, reader.bias, *given), {}
-    return replace(reader, source=padded, padding=())
+            wide = torch.empty_like(held, dtype=dtype)
+        source = reader.source
+        if held.dtype != dtype:
+            source = emit(aten.to.dtype, source, dtype, like=wide)
+        source = emit(combine, source, column, like=wide)
+        if held.dtype != dtype:
+            source = emit(aten.to.dtype, source, held.dtype, like=held)
+    node.replace_input_with(reader.source, source)
+    return replace(reader, source=source)
+
+
+def _column_of(
+    emit: Emitter, row: fx.Node, count: int, beside: torch.Tensor, dtype: torch.dtype, after: int
+) -> fx.Node:
+    """A row of numbers, one for each channel, with so many dims after that of the channels."""
+    shape = [count, *[1] * after]
+    with g.fake_mode(emit.at), torch.no_grad():
+        flat = beside.new_empty(count, dtype=dtype)
+        column = flat.reshape(shape)
+    rounded_once = emit(aten.to.dtype, row, dtype, like=flat)
+    return emit(aten.reshape.default, rounded_once, shape, like=column)
 
 
 def fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:

@@ -268,7 +268,7 @@ def scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.Nod
     """(s, t) of s * x + t, in float64, one number for each channel; t is None for zero."""
     spec: Any = node.kwargs["spec"]
     weight, bias, eps, mean, square = (
-        None if operand is None else _row(emit, operand, channels) for operand in node.args[1:6]
+        None if operand is None else row_of(emit, operand, channels) for operand in node.args[1:6]
     )
     scale: Any = None
     if spec.statistic == "running":
@@ -288,7 +288,7 @@ def scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[fx.Nod
     return scale, shift
 
 
-def _row(emit: Emitter, operand: Any, channels: int) -> fx.Node:
+def row_of(emit: Emitter, operand: Any, channels: int) -> fx.Node:
     """An operand in float64, as one number for each channel."""
     row = emit(aten.reshape.default, emit(aten.to.dtype, operand, torch.float64), [-1])
     return emit(aten.expand.default, row, [channels])
