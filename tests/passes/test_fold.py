@@ -136,9 +136,6 @@ FOLDS = {
     "indexed-by-two": lambda m, y, x: F.linear(
         y[torch.tensor([2, 0]), torch.tensor([1, 3])], m.weight, m.bias
     ),
-    "indexed-by-a-mask": lambda m, y, x: F.linear(
-        y[torch.arange(6).remainder(2).bool().expand(16, 6)], m.weight
-    ),
     "gathered-rows": lambda m, y, x: F.linear(
         y.gather(1, torch.tensor([3, 0, 1])[None, :, None].expand(4, 3, 64)), m.weight, m.bias
     ),
