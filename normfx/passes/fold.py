@@ -188,6 +188,8 @@ def _check(
         if moved is not None:
             if g.storage(user) in known.written and g.storage(user) is not None:
                 return Refused(Refusal.MUTATED, user)
+            if given and g.dtype(user) not in (None, g.dtype(node)):
+                return Refused(Refusal.CANCELS, user)  # rounded with its mean, not without
             if is_monotonic(user) and not _never_negative(node):
                 if not given:  # p in place of the weight: nothing is gained
                     return Refused(Refusal.SIGN, user)

@@ -274,6 +274,7 @@ EXACT = {
 
 @pytest.mark.parametrize("case", ["input", "moved"])
 def test_a_mean_that_stays_beside_a_sign(case):
+    """It is taken from what the maximum leaves, and nothing cancels."""
     model = read(nn.Conv2d(6, 4, 3, padding=1), pooled, enter=nn.Identity())
     model.enter.forward = EXACT[case]
     with torch.no_grad():
@@ -452,6 +453,14 @@ REFUSED = {
 @pytest.mark.parametrize("code", [c for c in REFUSED if c != "weight-not-constant"])
 def test_refuses(code):
     assert_stays(read(nn.Conv2d(6, 4, 3), REFUSED[code]), torch.randn(IMAGE), code=code)
+
+
+def test_refuses_a_cast_on_the_way():
+    """The norm has no mean to speak of when it is rounded; what it reads has."""
+    model = read(nn.Conv2d(6, 4, 3).bfloat16(), lambda y, r: r(F.max_pool2d(y.bfloat16(), 2)))
+    with torch.no_grad():
+        _, journal = stages_of(model, torch.randn(IMAGE))
+    assert journal.sites[0].refusals[-1] == "cancellation"
 
 
 def test_refuses_weight_not_constant():
