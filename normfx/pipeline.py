@@ -107,7 +107,7 @@ def rewrite(
         fold_back(captured, options, blocked=blocked, permit=permit)
         values = Values(captured, inputs)
         conditions += telescope(captured, options, blocked=blocked, values=values)
-        fold(captured, options, blocked=blocked, permit=permit)
+        conditions += fold(captured, options, blocked=blocked, permit=permit, values=values)
         compress(captured, options, blocked=blocked)
         defer_scale(captured, options, grad=grad)
         erase_unused(captured.graph, conditions)

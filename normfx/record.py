@@ -37,6 +37,7 @@ class Refusal(enum.Enum):
     WEIGHT_NOT_CONSTANT = "weight-not-constant"
     DIM_NOT_LAST = "dim-not-last"
     PADDING = "zero-padding"
+    SIGN = "sign-not-known"
     NOT_AFFINE = "no-affine"
     RULE_OFF = "rule-off"
     NOT_TRACKED = "weight-not-tracked"
@@ -154,6 +155,10 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.PADDING: Explanation(
         "A convolution pads the norm's result with zeros, where the bias would be missing.",
         "Pad with a value instead, or use a norm without bias.",
+    ),
+    Refusal.SIGN: Explanation(
+        "ReLU or a maximum reads the norm, and its weight may be negative for some channel.",
+        "Make the weight of what is never negative: its exp, softplus or square.",
     ),
     Refusal.NOT_AFFINE: Explanation("The norm has no weight and no bias.", "Nothing to do."),
     Refusal.RULE_OFF: Explanation("The rule is switched off.", "See the option `rules`."),

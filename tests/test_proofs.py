@@ -577,3 +577,72 @@ def test_a_number_of_a_norm_is_at_most_the_root_of_how_many_there_are():
     """n (mean(x^2) + eps) - x_0^2 is a sum of squares and n eps."""
     rest = sp.expand(N * (mean([x**2 for x in X]) + EPS) - X[0] ** 2)
     assert_zero(rest - (sum(x**2 for x in X[1:]) + N * EPS))
+
+
+def test_given_statistics_go_into_the_operator_after_them():
+    """V (s x + t) + c = (V diag(s)) x + (c + V t)."""
+    norm, s, t = given_statistics(N)
+    weight, c = sp.Matrix(3, N, sp.symbols(f"k0:{3 * N}")), sp.Matrix(sp.symbols("c0:3"))
+    before = weight * sp.Matrix([norm(x, i) for i, x in enumerate(X)]) + c
+    after = (weight * sp.diag(*s)) * sp.Matrix(X) + (c + weight * sp.Matrix(t))
+    for a, b in zip(before, after, strict=True):
+        assert_zero(a - b)
+
+
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_a_scale_goes_out_of_a_maximum_but_for_its_sign(sign):
+    """max(s x + t) = m (max(p x - p mu) + b / m) with p = s / m and m = |s|, or any m > 0 where s is 0."""
+    size, mu, b = (
+        sp.Symbol("m", positive=True),
+        sp.Symbol("mu", real=True),
+        sp.Symbol("b", real=True),
+    )
+    s, p = sign * size, sp.Integer(sign)
+    for x in X:
+        moved = size * ((p * x - p * mu) + b / size)
+        # every element is the same increasing function of what is compared, so the maximum is, too
+        assert_zero(moved - (s * (x - mu) + b))
+        assert sp.diff(size * (X[0] - p * mu) + b, X[0]).is_positive
+
+
+def test_a_scale_next_to_zero_stays_where_nothing_is_divided_by_it():
+    """With m = max(|s|, 2^-32), p = s / m is no more than one and s = p m."""
+    least = sp.Rational(1, 2**32)
+    for s in (sp.Rational(-3, 7), sp.Integer(0), least / 5, -least / 2**90, sp.Integer(9)):
+        size = sp.Max(abs(s), least)
+        assert abs(s / size) <= 1
+        assert s / size * size == s
+
+
+def test_zeros_around_a_shifted_image_are_zeros_of_it():
+    """conv(pad(m (y + t / m); 0); V) = conv(pad(y + t / m; 0); V m): a zero times m is zero."""
+    size, shift = sp.Symbol("m", positive=True), sp.Symbol("t", real=True)
+    taps = sp.symbols("v0:3")
+    row = [0, *[x + shift / size for x in X], 0]
+    whole = [0, *[size * x + shift for x in X], 0]
+    for i in range(N):
+        given = sum(v * whole[i + k] for k, v in enumerate(taps))
+        folded = sum(v * size * row[i + k] for k, v in enumerate(taps))
+        assert_zero(given - folded)
+    # into a bias it cannot go: at the border fewer taps meet it
+    missing = sum(taps) * shift - sum(v * shift for k, v in enumerate(taps) if k)
+    assert_zero(missing - taps[0] * shift)
+
+
+def test_what_takes_a_factor_out_that_is_not_negative():
+    """ReLU and its kin at k x for k > 0: both take the same branch, which is linear without a shift."""
+    k, slope = sp.Symbol("k", positive=True), sp.Symbol("a", real=True)
+    positive, negative = sp.Symbol("u", positive=True), sp.Symbol("w", negative=True)
+    for x in (positive, negative):
+        assert (k * x).is_positive == x.is_positive
+        assert_zero(sp.Max(k * x, 0) - k * sp.Max(x, 0))
+        assert_zero(sp.Abs(k * x) - k * sp.Abs(x))
+        assert_zero(slope * (k * x) - k * (slope * x))
+
+
+def test_a_factor_for_each_number_leaves_the_scale_of_its_channel():
+    s, factors = sp.symbols(f"s0:{N}"), sp.symbols(f"f0:{N}")
+    row = sp.Matrix(1, N, sp.symbols(f"v0:{N}"))
+    given = row * sp.Matrix([s[i] * X[i] * factors[i] for i in range(N)])
+    folded = (row * sp.diag(*s)) * sp.Matrix([X[i] * factors[i] for i in range(N)])
+    assert_zero((given - folded)[0])

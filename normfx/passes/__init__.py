@@ -14,6 +14,9 @@ RULES: dict[str, str] = {
     "telescope": (
         "a norm whose statistics are given into all that comes after it, through residual adds"
     ),
+    "fold-statistics-into-next": (
+        "a norm whose statistics are given into the linear operators and convolutions after it"
+    ),
     "fold-affine-into-linear": (
         "a norm's weight and bias into the linear operators and convolutions after it"
     ),

@@ -190,14 +190,14 @@ def is_sound(emit: Any, affine: Affine) -> Any:
     return emit(aten.all.default, sound)
 
 
-def is_near(emit: Any, node: fx.Node) -> Any:
-    """Whether a norm's means are within its deviations, by and large, as a node or a value."""
+def is_near(emit: Any, node: fx.Node, limit: float = NEAR) -> Any:
+    """Whether a norm's means are within so many deviations, by and large, as a node or a value."""
     eps, mean, square = node.args[3:6]
     spec: Any = node.kwargs["spec"]
     rows = [emit(aten.to.dtype, operand, torch.float64) for operand in (mean, square)]
     variance = emit(aten.add.Tensor, rows[1], spec.eps if eps is None else eps)
     ratio = emit(aten.div.Tensor, emit(aten.square.default, rows[0]), variance)
-    return emit(aten.le.Scalar, emit(aten.mean.default, ratio), NEAR**2)
+    return emit(aten.le.Scalar, emit(aten.mean.default, ratio), limit**2)
 
 
 def _sum(emit: Any, a: Any, b: Any) -> Any:

@@ -4,6 +4,9 @@ The result of a norm is s[c] * y + t[c] for the channel c of each number. Operat
 numbers take that along: to another dim, to a slice, to each head, beside other channels. The labels
 here go through the same moves, so that whoever contracts the numbers at last knows which s and t
 belong to each. Dims along which the channel does not change have size one in the labels.
+
+What is multiplied with the numbers, each by its own, stays multiplied with s; only t would be, too.
+A maximum over one channel takes s out where it is not negative, and ReLU does where t is zero.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.laws import ARRANGEMENTS, EXACT_DTYPES, VIEWS
-from normfx.layout import Axes, is_one, plain
+from normfx.layout import Axes, plain
 
 aten = torch.ops.aten
 
@@ -65,19 +68,25 @@ class Channels:
                 found.append((label, 1))
         return found
 
-    def through(self, source: fx.Node, user: fx.Node, *, shifted: bool) -> Channels | None:
+    def through(
+        self, source: fx.Node, user: fx.Node, *, shifted: bool, monotonic: bool = False
+    ) -> Channels | None:
         """The channels of the numbers that an operator makes of these, or None.
 
         Args:
             source: the value these are the channels of.
             user: what reads it. A split has no channels of its own: those of what it splits.
             shifted: whether t is not zero. Then a factor would not leave it as it is.
+            monotonic: whether operators may be passed that take out only factors that are not
+                negative. The caller sees to the sign.
         """
         if g.is_call(user, operator.getitem):
             return _part(self, user)
         law = _LAWS.get(g.packet(user))
-        linear_only = g.packet(user) in _LINEAR
-        if law is None or (linear_only and shifted and not _keeps_constants(user)):
+        scales_only = g.packet(user) in _SCALES
+        if law is None or (scales_only and shifted and not _keeps_constants(user)):
+            return None
+        if is_monotonic(user) and not monotonic:
             return None
         if g.packet(user) not in (aten.cat, aten.concat) and user.args[0] is not source:
             if g.packet(user) not in (aten.mul, aten.multiply):
@@ -85,7 +94,27 @@ class Channels:
         held = g.value(user)
         if isinstance(held, torch.Tensor) and held.dtype not in EXACT_DTYPES:
             return None
-        return law(self, source, user)
+        moved = law(self, source, user)
+        return None if moved is None else moved._settled()
+
+    def _settled(self) -> Channels:
+        """With size one along each dim that the channel does not change along."""
+        labels = self.labels
+        for dim, size in enumerate(labels.shape):
+            first = labels.narrow(dim, 0, 1)
+            if size != 1 and torch.equal(first.expand_as(labels), labels):
+                labels = first
+        return Channels(labels)
+
+
+def is_monotonic(user: fx.Node) -> bool:
+    """Whether an operator takes a factor out only where that is not negative."""
+    return g.packet(user) in _MONOTONIC
+
+
+def is_pool(user: fx.Node) -> bool:
+    """Whether an operator leaves fewer numbers of each channel."""
+    return g.packet(user) in _POOLS
 
 
 Law: TypeAlias = Callable[[Channels, fx.Node, fx.Node], "Channels | None"]
@@ -195,6 +224,8 @@ def _select(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | No
 def _part(channels: Channels, user: fx.Node) -> Channels | None:
     """One of the tensors that a split makes of what it splits."""
     split, index = user.args
+    if g.packet(split) in _FIRST_OF_SEVERAL:
+        return channels if index == 0 else None
     if g.packet(split) not in _SPLITS or not isinstance(index, int):
         return None
     assert isinstance(split, fx.Node)
@@ -214,19 +245,49 @@ def _part(channels: Channels, user: fx.Node) -> Channels | None:
 
 
 def _index(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | None:
-    """Rows picked along leading dims that have one channel."""
+    """Rows picked along neighbouring dims that have one channel."""
     indices: Any = user.args[1]
     rank, made = channels.labels.dim(), len(g.shape(user) or ())
-    taken = len(indices)
-    for index in indices:
-        if not isinstance(index, fx.Node):
-            return None
+    given = [i for i, index in enumerate(indices) if isinstance(index, fx.Node)]
+    if not given or given != list(range(given[0], given[-1] + 1)):
+        return None
+    first, taken = given[0], len(given)
+    for index in indices[first : first + taken]:
         if g.dtype(index) in (torch.bool, torch.uint8):
             taken += len(g.shape(index) or ()) - 1
-    if taken >= rank or not channels.is_free(range(taken)):
+    if first + taken > rank or not channels.is_free(range(first, first + taken)):
         return None
-    rest = list(channels.labels.shape[taken:])
-    return Channels(channels.labels.reshape([1] * (made - len(rest)) + rest))
+    sizes = list(channels.labels.shape)
+    picked = [1] * (made - rank + taken)
+    return Channels(channels.labels.reshape([*sizes[:first], *picked, *sizes[first + taken :]]))
+
+
+def _gather(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | None:
+    """Numbers picked along a dim that has one channel; along the others they keep their places."""
+    dim: Any = g.arguments(user)["dim"]
+    made = g.shape(user)
+    if (
+        made is None
+        or len(made) != channels.labels.dim()
+        or not channels.is_free([dim % len(made)])
+    ):
+        return None
+    labels = channels.labels
+    for d in channels.dims():
+        size = plain(made[d])
+        if not isinstance(size, int) or not size:
+            return None
+        labels = labels.narrow(d, 0, size)
+    return Channels(labels)
+
+
+def _embedding(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | None:
+    """Rows of a table that is no parameter, picked, added up or averaged."""
+    if channels.dims() != [1] or g.arguments(user).get("mode") == 2:  # the maximum of each bag
+        return None
+    held: Any = g.value(user)
+    rank = held.dim() if isinstance(held, torch.Tensor) else 2  # of bags: a tuple, the rows first
+    return Channels(channels.labels.reshape([1] * (rank - 1) + [-1]))
 
 
 def _along_free(dims_of: Callable[[fx.Node, int], Sequence[int]]) -> Law:
@@ -242,6 +303,16 @@ def _along_free(dims_of: Callable[[fx.Node, int], Sequence[int]]) -> Law:
 
 def _spatial(count: int) -> Law:
     return _along_free(lambda user, rank: range(rank - count, rank))
+
+
+def _pooled(count: int) -> Law:
+    """A maximum over the last dims; some of these operators have the places as a second result."""
+
+    def law(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | None:
+        rank = channels.labels.dim()
+        return channels if channels.is_free(range(rank - count, rank)) else None
+
+    return law
 
 
 def _dims(user: fx.Node, rank: int) -> Sequence[int]:
@@ -293,26 +364,23 @@ def _cat(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | None:
 
 
 def _scaled(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | None:
-    """Times a number, or a factor that is one for all channels."""
+    """Times a number, or a factor for each: s stays a factor of the product."""
     factor = user.args[1] if user.args[0] is source else user.args[0]
     if g.arguments(user).get("rounding_mode") is not None or factor is source:
         return None
-    if not isinstance(factor, fx.Node):
-        return _same(channels, source, user)
-    shape = g.shape(factor)
-    rank = channels.labels.dim()
-    if shape is None or len(shape) > rank or len(g.shape(user) or ()) != rank:
-        return None
-    offset = rank - len(shape)
-    one = all(d < offset or is_one(shape[d - offset]) for d in channels.dims())
-    return channels if one else None
+    return _expand(channels, source, user)
+
+
+def _masked(channels: Channels, source: fx.Node, user: fx.Node) -> Channels | None:
+    """Zeros in place of some numbers stay zeros."""
+    return _expand(channels, source, user) if user.args[2] == 0 else None
 
 
 def _keeps_constants(user: fx.Node) -> bool:
     """Whether an operator of `_LINEAR` leaves a constant as it is after all."""
     named = g.arguments(user)
     if g.packet(user) in (aten.pad, aten.constant_pad_nd):
-        return named.get("mode", "constant") != "constant"
+        return named.get("mode", "constant") != "constant" or not any(named["pad"])
     if g.packet(user) in (aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d):
         unpadded = not any(named["padding"]) or not named["count_include_pad"]
         return unpadded and named.get("divisor_override") is None
@@ -327,8 +395,44 @@ def _count(sizes: Sequence[int]) -> int:
 
 
 _SPLITS = frozenset({aten.split, aten.split_with_sizes, aten.chunk, aten.unbind})
-# Operators that are linear, but need not leave a constant as it is.
-_LINEAR = frozenset(
+# Operators with several results, of which the first has the numbers.
+_FIRST_OF_SEVERAL = frozenset(
+    {
+        aten.max_pool1d_with_indices,
+        aten.max_pool2d_with_indices,
+        aten.max_pool3d_with_indices,
+        aten.adaptive_max_pool1d,
+        aten.adaptive_max_pool2d,
+        aten.adaptive_max_pool3d,
+        aten.embedding_bag,
+    }
+)
+_MAXIMA_OF_ALL = frozenset({aten.amax, aten.amin})
+_RECTIFIERS = frozenset({aten.relu, aten.leaky_relu, aten.prelu, aten.abs})
+_MAX_POOLS = {
+    aten.max_pool1d: 1,
+    aten.max_pool2d: 2,
+    aten.max_pool3d: 3,
+    aten.max_pool1d_with_indices: 1,
+    aten.max_pool2d_with_indices: 2,
+    aten.max_pool3d_with_indices: 3,
+    aten.adaptive_max_pool1d: 1,
+    aten.adaptive_max_pool2d: 2,
+    aten.adaptive_max_pool3d: 3,
+}
+_MEAN_POOLS = {
+    aten.avg_pool1d: 1,
+    aten.avg_pool2d: 2,
+    aten.avg_pool3d: 3,
+    aten.adaptive_avg_pool1d: 1,
+    aten.adaptive_avg_pool2d: 2,
+    aten.adaptive_avg_pool3d: 3,
+}
+_POOLS = _MAXIMA_OF_ALL | _MAX_POOLS.keys() | _MEAN_POOLS.keys() | {aten.mean}
+# f(s * y) = s * f(y), but only where s is not negative.
+_MONOTONIC = _MAXIMA_OF_ALL | _RECTIFIERS | _MAX_POOLS.keys()
+# Operators that take a factor out, but need not leave a constant as it is.
+_SCALES = _RECTIFIERS | frozenset(
     {
         aten.mul,
         aten.multiply,
@@ -336,6 +440,8 @@ _LINEAR = frozenset(
         aten.divide,
         aten.neg,
         aten.sum,
+        aten.masked_fill,
+        aten.embedding_bag,
         aten.pad,
         aten.constant_pad_nd,
         aten.avg_pool1d,
@@ -360,6 +466,9 @@ _LAWS: dict[Any, Law] = {
     aten.narrow: _slice,
     aten.select: _select,
     aten.index: _index,
+    aten.gather: _gather,
+    aten.embedding: _embedding,
+    aten.embedding_bag: _embedding,
     aten.cat: _cat,
     aten.concat: _cat,
     aten.index_select: _along_free(_dims),
@@ -367,12 +476,7 @@ _LAWS: dict[Any, Law] = {
     aten.roll: _along_free(_dims),
     # averages
     aten.mean: _mean,
-    aten.adaptive_avg_pool1d: _spatial(1),
-    aten.adaptive_avg_pool2d: _spatial(2),
-    aten.adaptive_avg_pool3d: _spatial(3),
-    aten.avg_pool1d: _spatial(1),
-    aten.avg_pool2d: _spatial(2),
-    aten.avg_pool3d: _spatial(3),
+    **{pool: _spatial(count) for pool, count in _MEAN_POOLS.items()},
     aten.upsample_nearest1d: _spatial(1),
     aten.upsample_nearest2d: _spatial(2),
     aten.upsample_bilinear2d: _spatial(2),
@@ -383,6 +487,14 @@ _LAWS: dict[Any, Law] = {
     aten.divide: _scaled,
     aten.neg: _same,
     aten.sum: _mean,
+    aten.masked_fill: _masked,
     aten.pad: _padding,
     aten.constant_pad_nd: _padding,
+    # where s is not negative
+    **dict.fromkeys(_RECTIFIERS, _same),
+    **dict.fromkeys(_MAXIMA_OF_ALL, _mean),
+    **{pool: _pooled(count) for pool, count in _MAX_POOLS.items()},
 }
+
+# The operators above: numbers go elsewhere, or are multiplied, added up or left out.
+MOVES = frozenset(_LAWS)

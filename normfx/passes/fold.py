@@ -3,14 +3,24 @@
     norm(x; w, b) @ V^T + c  =  norm(x; 1, 0) @ (V diag(w))^T + (c + V b)        (FlashNorm,
     2407.09577, 1 and 3)
 
+A norm whose statistics are given is s * x + t altogether, so all of it goes, and what it reads is
+read in its place. With a maximum on the way, its sign p stays, and the rest moves behind that:
+
+    max_pool(s * x + t)  =  m * (max_pool(p * x) + t / m)        with m = |s|, p = s / m
+
+for each channel. The operator takes m over and m * t / m, too, unless it pads zeros, which t would
+be missing from; then t / m is added in front of it, to fewer numbers than there were, and the same
+with the mean, which may cancel. ReLU takes m out as a maximum does, where t is zero. An s next to
+zero stays in p, so that nothing is divided by it. p is left out where s cannot be negative.
+
 The folded weights are ordinary nodes of the graph: `hoist` moves them out of it. They are computed
-in float64 and rounded once. Every reader must take its share, or the norm keeps its affine part; a
-weight that has other readers stays whole, since a reader gets a weight of its own.
+in float64 and rounded once. Every reader must take its share, or the norm stays as it is; a weight
+that has other readers stays whole, since a reader gets a weight of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,17 +30,27 @@ from normfx import graph as g
 from normfx.layout import is_one, plain
 from normfx.ops import norm
 from normfx.options import Options
-from normfx.passes.channels import NONE, Channels, channel_dim
+from normfx.passes.affines import is_near
+from normfx.passes.channels import NONE, Channels, channel_dim, is_monotonic, is_pool
 from normfx.passes.emit import Emitter
+from normfx.passes.fold_back import given_channel, row_of, scale_and_shift
+from normfx.passes.rounding import rounded
+from normfx.passes.sign import is_nonnegative
+from normfx.passes.values import Values
 from normfx.passes.verdict import Permit, Refused, change, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
 
 RULE = "fold-affine-into-linear"
+STATISTICS_RULE = "fold-statistics-into-next"
 
 _CONVOLUTIONS = frozenset({aten.conv1d, aten.conv2d, aten.conv3d})
 _TRANSPOSED = frozenset({aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d})
+# What libraries call where torch has no kernel for the operator that it is.
+_STANDS_FOR = {"transformers::grouped_mm_fallback": aten._grouped_mm}
+# A scale is not divided by where it is smaller than this.
+_SMALL = 2.0**-32
 # A weight that is put together of more pieces than this costs more than it saves.
 _MAX_PIECES = 64
 
@@ -48,6 +68,7 @@ class Reader:
         out: its dim of outputs, or None if there are more than one.
         groups: of a convolution: its channels are numbered by (group, dim).
         channels: the channels along that dim.
+        padded: whether it puts zeros around what it reads, and a shift would be missing there.
     """
 
     node: fx.Node
@@ -58,6 +79,38 @@ class Reader:
     out: int | None
     groups: int
     channels: Channels
+    padded: bool = False
+
+
+# How large means may be, to deviations, where they go past the operators after the norm and x was
+# rounded with them: 70 gave three times eager's error (BatchNorm and linear, CPU).
+_FAR = 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who takes a norm's affine part over.
+
+    Attributes:
+        readers: all that contract its channels.
+        dim: of the norm's result, that the channels are numbered by.
+        channels: how many there are.
+        signed: whether p stays, for a maximum on the way or zeros at its end.
+    """
+
+    readers: list[Reader]
+    dim: int
+    channels: int
+    signed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a graph: its constants, the storages written to, what is rounded."""
+
+    constant: set[fx.Node]
+    written: set[int | None]
+    rounded: set[fx.Node]
 
 
 def fold(
@@ -66,100 +119,177 @@ def fold(
     *,
     blocked: Refusal | None,
     permit: Permit | None = None,
-) -> None:
+    values: Values | None = None,
+) -> list[fx.Node]:
     """Folds the affine part of every canonical norm whose readers are all linear.
+
+    Of a norm whose statistics are given that is all of it.
 
     Args:
         gm: a graph with canonical nodes; changed in place.
-        options: says whether the rule may run.
+        options: says whether the rules may run.
         blocked: why nothing may be folded in this graph (gradients flow, say), or None.
         permit: may refuse a norm for reasons of its own; gets the node and its readers.
+        values: of the parameters, as they are now.
 
-    Every norm of an activation gets one record.
+    Returns:
+        Conditions: nodes that read only parameters, and must be true whenever the graph runs.
+
+    Every norm of an activation gets one record, of one of the two rules.
 
     Refuses:
-        no-affine, rule-off, needs-grad, inside-a-body, weight-not-tracked, mutation-between,
-        affine-not-constant, dim-not-last, no-reader, extra-user, reader-not-linear, zero-padding,
-        weight-not-constant, range-too-small.
+        no-affine, rule-off, needs-grad, inside-a-body, weight-not-tracked, statistics-not-tracked,
+        mutation-between, affine-not-constant, channels-mixed, writer-not-linear, dim-not-last,
+        cancellation, no-reader, extra-user, reader-not-linear, zero-padding, sign-not-known,
+        weight-not-constant, range-too-small, scale-not-known, ill-conditioned.
     """
+    conditions: list[fx.Node] = []
     constant = g.parameter_only(gm.graph)
-    written = g.written_storages(gm.graph)
-    for node in list(gm.graph.nodes):
-        if (
-            not g.is_call(node, norm) or node.args[0] in constant
-        ):  # a standardised weight: hoist takes all of it
+    known = _Known(constant, g.written_storages(gm.graph), rounded(gm.graph, constant))
+    for node in list(gm.graph.find_nodes(op="call_function", target=norm)):
+        if node.args[0] in constant:  # a standardised weight: hoist takes all of it
             continue
-        plan = _check(node, constant, written, options, blocked=blocked)
+        spec: Any = node.kwargs["spec"]
+        given = spec.statistic in ("running", "static")
+        rule = STATISTICS_RULE if given else RULE
+        plan = _check(node, known, options, given=given, blocked=blocked)
+        if given and not isinstance(plan, Refused) and _moves_mean(node, plan):
+            plan = _near(node, options, values) or plan
         if permit is not None and not isinstance(plan, Refused):
-            plan = permit(node, plan) or plan
+            plan = permit(node, plan.readers) or plan
         if isinstance(plan, Refused):
-            refuse(node, "fold", RULE, plan)
+            refuse(node, "fold", rule, plan)
+            continue
+        if given and _moves_mean(node, plan):
+            with gm.graph.inserting_before(node):
+                conditions.append(is_near(Emitter(gm.graph, node, STATISTICS_RULE), node, _FAR))
+        if given:
+            _replace_all(gm.graph, node, plan)
         else:
-            _replace(gm.graph, node, plan)
-            # another norm may be read by the same operators, beside this one
-            made = [n for reader in plan for n in reader.node.all_input_nodes]
-            constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
-            names = ", ".join(reader.node.name for reader in plan)
-            change(node, "fold", RULE, f"into {names}")
+            _replace(gm.graph, node, plan.readers)
+        # another norm may be read by the same operators, beside this one
+        made = [n for reader in plan.readers for n in reader.node.all_input_nodes]
+        constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
+        names = ", ".join(reader.node.name for reader in plan.readers)
+        change(node, "fold", rule, f"into {names}")
+    return conditions
+
+
+def _moves_mean(node: fx.Node, plan: Plan) -> bool:
+    """Whether a mean that is subtracted goes into the biases of the readers."""
+    return node.args[4] is not None and not plan.signed
+
+
+def _near(node: fx.Node, options: Options, values: Values | None) -> Refused | None:
+    """Why a mean may not be moved past what reads it: V (x - m) = V x - V m may cancel."""
+    if not options.allows("hoist"):  # which is what conditions are checked by
+        return Refused(Refusal.RULE_OFF, node)
+    if node.args[5] is None:
+        return Refused(Refusal.CANCELS, node)
+    near = None if values is None else is_near(values, node, _FAR)
+    if near is None:
+        return Refused(Refusal.SCALE_UNKNOWN, node)
+    return None if bool(near) else Refused(Refusal.CONDITION, node)
 
 
 def _check(
     node: fx.Node,
-    constant: set[fx.Node],
-    written: set[int | None],
+    known: _Known,
     options: Options,
     *,
+    given: bool,
     blocked: Refusal | None,
-) -> list[Reader] | Refused:
-    if node.args[1] is None and node.args[2] is None:
-        return Refused(Refusal.NOT_AFFINE, node)
-    if not options.allows(RULE):
-        return Refused(Refusal.RULE_OFF, node)
-    if blocked is not None:
-        return Refused(blocked, node)
-    if g.storage(node) in written:
+) -> Plan | Refused:
+    if given:
+        dim = given_channel(node, known.constant, options, STATISTICS_RULE, blocked=blocked)
+    else:
+        dim = _affine_dim(node, known.constant, options, blocked=blocked)
+    if isinstance(dim, Refused):
+        return dim
+    if g.storage(node) in known.written:
         return Refused(Refusal.MUTATED, node)
-    operands: Any = [operand for operand in node.args[1:3] if operand is not None]
-    for operand in operands:
-        if operand not in constant:
-            return Refused(Refusal.NOT_CONSTANT, operand)
-    start = _start(node, operands)
-    if start is None:
+    if given:
+        refused = _may_not_read(node, known)
+        if refused is not None:
+            return refused
+    shape: Any = g.shape(node)
+    size = plain(shape[dim])
+    if not isinstance(size, int):
         return Refused(Refusal.DIM_NOT_LAST, node)
     if not node.users:
         return Refused(Refusal.NO_READER, node)
-    shifted = node.args[2] is not None
+    shifted = node.args[2] is not None or (given and node.args[4] is not None)
+    signed = False
     readers: dict[fx.Node, Reader] = {}
-    pending = [(node, start, user) for user in node.users]
+    start = Channels.along(len(shape), dim, size)
+    pending = [(node, start, user, False) for user in node.users]
     while pending:
-        source, channels, user = pending.pop()
+        source, channels, user, pooled = pending.pop()
         if user.op == "output":
             return Refused(Refusal.EXTRA_USER, user)
-        moved = channels.through(source, user, shifted=shifted)
-        if moved is not None:
-            if g.storage(user) in written and g.storage(user) is not None:
-                return Refused(Refusal.MUTATED, user)
-            pending += [(user, moved, next_user) for next_user in user.users]
+        if g.is_pure(user) and not user.users:  # the places of a maximum that nobody asked for
             continue
-        reader = reader_of(source, user, channels, constant, shifted=shifted)
+        moved = channels.through(source, user, shifted=shifted, monotonic=True)
+        if moved is not None:
+            if g.storage(user) in known.written and g.storage(user) is not None:
+                return Refused(Refusal.MUTATED, user)
+            if given and g.dtype(user) not in (None, g.dtype(node)):
+                return Refused(Refusal.CANCELS, user)  # rounded with its mean, not without
+            if is_monotonic(user) and not _never_negative(node):
+                if not given:  # p in place of the weight: nothing is gained
+                    return Refused(Refusal.SIGN, user)
+                signed = True
+            pooled = pooled or is_pool(user)
+            pending += [(user, moved, next_user, pooled) for next_user in user.users]
+            continue
+        may_add = given and pooled  # before it, to fewer numbers than the norm has
+        reader = reader_of(source, user, channels, known.constant, shifted=shifted, may_add=may_add)
         if isinstance(reader, Refused):
             return reader
         if user in readers:  # of two parts of its input, or twice of one
             return Refused(Refusal.NOT_LINEAR, user)
         readers[user] = reader
-    return sorted(readers.values(), key=lambda r: r.node.name)
+        signed = signed or reader.padded
+    if given and not signed and node.args[4] is not None and node.args[0] not in known.rounded:
+        return Refused(Refusal.CANCELS, node)
+    return Plan(sorted(readers.values(), key=lambda r: r.node.name), dim, size, signed)
 
 
-def _start(node: fx.Node, operands: list[fx.Node]) -> Channels | None:
-    """The channels of a norm's result: its last dim, where the operands are single numbers."""
-    shape: Any = g.shape(node)
+def _may_not_read(node: fx.Node, known: _Known) -> Refused | None:
+    """Why what a norm reads may not be read in place of it, if so."""
+    spec: Any = node.kwargs["spec"]
+    source: Any = node.args[0]
+    if g.storage(source) in known.written:
+        return Refused(Refusal.MUTATED, source)
+    if g.dtype(source) != spec.out_dtype:
+        return Refused(Refusal.NOT_LINEAR_BEFORE, source)
+    return None
+
+
+def _affine_dim(
+    node: fx.Node, constant: set[fx.Node], options: Options, *, blocked: Refusal | None
+) -> int | Refused:
+    """The dim that a norm's weight and bias run along; its last, where they are single numbers."""
+    operands: Any = [operand for operand in node.args[1:3] if operand is not None]
+    if not operands:
+        return Refused(Refusal.NOT_AFFINE, node)
+    if not options.allows(RULE):
+        return Refused(Refusal.RULE_OFF, node)
+    if blocked is not None:
+        return Refused(blocked, node)
+    for operand in operands:
+        if operand not in constant:
+            return Refused(Refusal.NOT_CONSTANT, operand)
     dim = channel_dim(node, operands)
     if dim is None and all(_is_number(operand) for operand in operands):
-        dim = len(shape) - 1
-    size = None if dim is None else plain(shape[dim])
-    if dim is None or not isinstance(size, int):
-        return None
-    return Channels.along(len(shape), dim, size)
+        dim = len(g.shape(node) or ()) - 1
+    return Refused(Refusal.DIM_NOT_LAST, node) if dim is None else dim
+
+
+def _never_negative(node: fx.Node) -> bool:
+    """Whether no channel of a norm is scaled by a negative number."""
+    spec: Any = node.kwargs["spec"]
+    return spec.scale > 0 and (node.args[1] is None or is_nonnegative(node.args[1]))
 
 
 def _is_number(operand: fx.Node) -> bool:
@@ -167,22 +297,29 @@ def _is_number(operand: fx.Node) -> bool:
 
 
 def reader_of(
-    source: fx.Node, user: fx.Node, channels: Channels, constant: set[fx.Node], *, shifted: bool
+    source: fx.Node,
+    user: fx.Node,
+    channels: Channels,
+    constant: set[fx.Node],
+    *,
+    shifted: bool,
+    may_add: bool = False,
 ) -> Reader | Refused:
-    """A linear operator or convolution as a reader of channels, or why it is none.
+    """The linear operator that reads some channels, if it may take a scale (and a shift) over.
 
     Args:
-        source: what it reads, which has the channels.
-        user: the operator.
+        source: what has the channels.
+        user: what reads it.
         channels: of the source.
-        constant: the nodes that are made from parameters alone.
-        shifted: whether something is added to the channels, too.
+        constant: the nodes whose value depends on parameters alone.
+        shifted: whether there is a shift.
+        may_add: whether the shift may be added before an operator that pads.
     """
-    packet = g.packet(user)
+    packet = _STANDS_FOR.get(_name(user), g.packet(user))
     args: Any = user.args
     rank = channels.labels.dim()
     bias: Any = None
-    groups, out, contracted = 1, None, rank - 1
+    groups, out, contracted, padded = 1, None, rank - 1, False
     if packet is aten.linear:
         x, weight, dim, out = args[0], args[1], 1, 0
         bias = args[2] if len(args) > 2 else None
@@ -206,8 +343,8 @@ def reader_of(
         contracted = rank + 1 - len(g.shape(weight) or ())
         groups = 1 if packet in _TRANSPOSED else named["groups"]
         dim, out = (0, None) if packet in _TRANSPOSED else (1, 0)
-        padded = isinstance(named["padding"], str) or any(named["padding"])
-        if shifted and (padded or packet in _TRANSPOSED):
+        padded = shifted and (packet in _TRANSPOSED or _pads(user, weight))
+        if padded and not may_add:
             return Refused(Refusal.PADDING, user)
     else:
         return Refused(Refusal.NOT_LINEAR, user)
@@ -222,11 +359,26 @@ def reader_of(
     # a bias of another shape is none: `addmm` and `linear` broadcast it
     if bias is not None and len(g.shape(bias) or ()) != 1:
         return Refused(Refusal.NOT_LINEAR, user)
-    if (shifted and out is None) or (packet is aten.linear and len(g.shape(weight) or ()) != 2):
+    if (shifted and out is None and not padded) or (
+        packet is aten.linear and len(g.shape(weight) or ()) != 2
+    ):
         return Refused(Refusal.NOT_LINEAR, user)
     if len(channels.stretches()) > _MAX_PIECES or (groups > 1 and not channels.dims()):
         return Refused(Refusal.NOT_LINEAR, user)
-    return Reader(user, source, weight, bias, dim, out, groups, channels)
+    return Reader(user, source, weight, bias, dim, out, groups, channels, padded)
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _pads(convolution: fx.Node, weight: fx.Node) -> bool:
+    """Whether a convolution puts zeros around its input."""
+    padding = g.arguments(convolution)["padding"]
+    if padding == "same":
+        return any(not is_one(taps) for taps in (g.shape(weight) or ())[2:])
+    return padding != "valid" and any(not isinstance(size, int) or size for size in padding)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
@@ -237,6 +389,93 @@ def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
     # the dtype of the result stays that of the norm with its affine part
     node.args = (node.args[0], None, None, *node.args[3:])
     node.kwargs = {**node.kwargs, "spec": spec._replace(affine_dim=None)}
+
+
+def _replace_all(graph: fx.Graph, node: fx.Node, plan: Plan) -> None:
+    """Folds a norm whose statistics are given: what it reads is read in its place."""
+    source: Any = node.args[0]
+    spec: Any = node.kwargs["spec"]
+    mean: Any = None
+    with graph.inserting_before(node):
+        emit = Emitter(graph, node, STATISTICS_RULE)
+        if plan.signed and node.args[4] is not None:
+            mean = row_of(emit, node.args[4], plan.channels)
+            node.args = (*node.args[:4], None, *node.args[5:])
+        scale, shift = scale_and_shift(emit, node, plan.channels)
+        if plan.signed:
+            size = emit(aten.clamp_min.default, emit(aten.abs.default, scale), _SMALL)
+            signs = emit(aten.div.Tensor, scale, size)
+            mean = None if mean is None else emit(aten.mul.Tensor, mean, signs)
+            source, scale = _signed(emit, node, signs, plan), size
+        if spec.contiguous:
+            source = graph.call_function(aten.contiguous.default, (source,))
+            g.inherit_meta(source, node)
+    node.replace_all_uses_with(source, propagate_meta=False)
+    for found in plan.readers:
+        reader = replace(found, source=source) if found.source is node else found
+        if mean is not None:
+            reader = _shifted(graph, reader, aten.sub.Tensor, mean, spec.stats_dtype)
+        if not reader.padded or shift is None:
+            fold_into(graph, reader, scale, shift)
+            continue
+        with graph.inserting_before(reader.node):
+            before = Emitter(graph, node, STATISTICS_RULE)(aten.div.Tensor, shift, scale)
+        reader = _shifted(graph, reader, aten.add.Tensor, before, spec.stats_dtype)
+        fold_into(graph, reader, scale, None)
+    graph.erase_node(node)
+
+
+def _signed(emit: Emitter, node: fx.Node, signs: fx.Node, plan: Plan) -> fx.Node:
+    """What a norm reads, each channel times p, the sign of its scale."""
+    held: Any = g.tensor(node.args[0])
+    after = held.dim() - 1 - plan.dim
+    column = _column_of(emit, signs, plan.channels, held, held.dtype, after)
+    return emit(aten.mul.Tensor, node.args[0], column, like=g.value(node))
+
+
+def _shifted(
+    graph: fx.Graph, reader: Reader, combine: Any, shift: fx.Node, dtype: torch.dtype
+) -> Reader:
+    """The reader of what it reads with a number added to (or taken from) each channel.
+
+    Args:
+        graph: the graph.
+        reader: the reader.
+        combine: adds or subtracts.
+        shift: a number for each channel, in float64.
+        dtype: to add them in.
+    """
+    node = reader.node
+    held: Any = g.tensor(reader.source)
+    is_convolution = g.packet(node) in _CONVOLUTIONS | _TRANSPOSED
+    after = len(g.shape(reader.weight) or ()) - 2 if is_convolution else 0
+    count = sum(count for _, count in reader.channels.stretches())
+    with graph.inserting_before(node):
+        emit = Emitter(graph, node, STATISTICS_RULE)
+        row = _at(emit, shift, reader.channels, 0.0)
+        column = _column_of(emit, row, count, held, dtype, after)
+        with g.fake_mode(node), torch.no_grad():
+            wide = torch.empty_like(held, dtype=dtype)
+        source = reader.source
+        if held.dtype != dtype:
+            source = emit(aten.to.dtype, source, dtype, like=wide)
+        source = emit(combine, source, column, like=wide)
+        if held.dtype != dtype:
+            source = emit(aten.to.dtype, source, held.dtype, like=held)
+    node.replace_input_with(reader.source, source)
+    return replace(reader, source=source)
+
+
+def _column_of(
+    emit: Emitter, row: fx.Node, count: int, beside: torch.Tensor, dtype: torch.dtype, after: int
+) -> fx.Node:
+    """A row of numbers, one for each channel, with so many dims after that of the channels."""
+    shape = [count, *[1] * after]
+    with g.fake_mode(emit.at), torch.no_grad():
+        flat = beside.new_empty(count, dtype=dtype)
+        column = flat.reshape(shape)
+    rounded_once = emit(aten.to.dtype, row, dtype, like=flat)
+    return emit(aten.reshape.default, rounded_once, shape, like=column)
 
 
 def fold_into(graph: fx.Graph, reader: Reader, weight: Any, bias: Any) -> None:

@@ -255,7 +255,7 @@ def _replace(graph: fx.Graph, node: fx.Node, writer: Writer) -> None:
     _bring_up(node, writer.node)
     with graph.inserting_before(writer.node):
         emit = Emitter(graph, writer.node, RULE)
-        scale, shift = _scale_and_shift(emit, node, writer.channels)
+        scale, shift = scale_and_shift(emit, node, writer.channels)
         if scale is None and node.args[4] is None and writer.bias is None:
             if g.shape(node.args[2]) == (writer.channels,):
                 shift = node.args[2]  # as it is, without a copy
@@ -284,7 +284,7 @@ def _bring_up(node: fx.Node, writer: fx.Node) -> None:
         writer.prepend(current)
 
 
-def _scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[Any, Any]:
+def scale_and_shift(emit: Emitter, node: fx.Node, channels: int) -> tuple[Any, Any]:
     """(s, t) of s * x + t, in float64, a number for each channel; None for s = 1 and t = 0."""
     scale, mean, shift = given_affine(emit, node, channels)
     if mean is not None:
@@ -302,7 +302,7 @@ def given_affine(emit: Emitter | Values, node: fx.Node, channels: int) -> tuple[
     """
     spec: Any = node.kwargs["spec"]
     weight, bias, eps, mean, square = (
-        None if operand is None else _row(emit, operand, channels) for operand in node.args[1:6]
+        None if operand is None else row_of(emit, operand, channels) for operand in node.args[1:6]
     )
     scale: Any = None
     if spec.statistic == "running":
@@ -315,7 +315,7 @@ def given_affine(emit: Emitter | Values, node: fx.Node, channels: int) -> tuple[
     return scale, mean, bias
 
 
-def _row(emit: Emitter | Values, operand: Any, channels: int) -> fx.Node:
+def row_of(emit: Emitter | Values, operand: Any, channels: int) -> fx.Node:
     """An operand in float64, as one number for each channel."""
     row = emit(aten.reshape.default, emit(aten.to.dtype, operand, torch.float64), [-1])
     return emit(aten.expand.default, row, [channels])
