@@ -262,3 +262,11 @@ def is_traceable(held: Any) -> bool:
 def is_symbolic(number: Any) -> bool:
     """Whether a number is known only as a symbol."""
     return isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def size_hint(size: Any, unknown: int = 1) -> int:
+    """A size, or what it was in the run that is compiled; no guard comes of it."""
+    if not is_symbolic(size):
+        return size
+    hint = size.node.hint
+    return unknown if hint is None else int(hint)
