@@ -5,7 +5,7 @@
     python -m benchmarks.rewrites --check --rounds 0           # exit 1 if kernels or bytes rise
 
 Kernels and bytes are Inductor's own counts of the code that it generates (`metrics`), with its
-graph cache off. Latencies are medians of calls in turns, as ratios to Inductor within each round, in
+graph cache off. Latencies are medians of calls in turns, as ratios to Inductor in each round, in
 seconds of this process, so that others on the machine disturb them less. `freezing` is Inductor's
 own, for which parameters are constants. Each model runs in a process of its own.
 """
@@ -89,9 +89,7 @@ def norms_before_and_after(workload: Workload) -> dict[str, int]:
                 row["nodes"] += calls
             elif stage == "hoist":
                 row["nodes_left"] += calls
-                row["norms_left"] += len(
-                    module.graph.find_nodes(op="call_function", target=norm)
-                )
+                row["norms_left"] += len(module.graph.find_nodes(op="call_function", target=norm))
 
         journal = Journal()
         rewrite(gm, Options(), journal, observe=observe)
@@ -133,7 +131,6 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
                 ms=1e3 * each.median, ratio=against.median, half_iqr=against.half_iqr
             )
     return row
-
 
 
 def risen(row: dict[str, Any]) -> list[str]:

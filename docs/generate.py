@@ -115,7 +115,7 @@ def refusing_stages() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in (PACKAGE / "pipeline.py", *sorted((PACKAGE / "passes").rglob("*.py"))):
         stage = "recognise" if path.stem in RECOGNITION else path.stem
-        if stage == "pipeline":  # the reasons why a whole graph is not folded
+        if stage in ("pipeline", "verdict"):  # the reasons of all rules
             stage = "fold"
         for name in re.findall(r"\bRefusal\.([A-Z_]+)\b", path.read_text(encoding="utf-8")):
             found.setdefault(name, set()).add(stage)

@@ -5,19 +5,19 @@ A model of what Inductor makes of ATen operators, from shapes alone:
 - Views cost nothing. Products, convolutions and attention are kernels of their own.
 - Pointwise operators and reductions over one iteration space are one kernel, which reads from
   memory what is made outside of it and writes what is read outside of it.
-- An operator that reads its input more than once (a pool) computes on the fly what stands before
-  it, if that reads one tensor; else that is written to memory first (`realize_hint` in
-  torch/_inductor/ir.py). So a ReLU goes into a max-pool, a BatchNorm does not.
+- A pool computes what stands before it on the fly if that reads one tensor, as a ReLU does; else
+  that is written to memory first, as a BatchNorm is (`realize_hint` in torch/_inductor/ir.py).
 
-Parallel branches are not fused with each other, and Inductor's epilogues under freezing are not
-modelled: costs compare two forms of one computation and predict no time.
+Parallel branches are not fused, and epilogues of products under freezing are not modelled: costs
+compare two forms of one computation, and predict no time.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -29,9 +29,8 @@ from normfx.torch_internals import size_hint
 
 aten = torch.ops.aten
 
-# What starting a kernel costs beside moving a byte. Calls of Inductor's C++ kernels on a few
-# numbers take 1 to 2 us; a core moves 5 to 10 GB/s. GPUs move more in the time of a launch, which
-# would only make kernels count for more.
+# Starting a kernel, in bytes moved in that time: 2 us at 8 GB/s on a CPU. More on a GPU, where
+# kernels only count for more.
 KERNEL_BYTES = 1 << 14
 # A copy of a weight has to be repaid, in bytes that calls save, within so many calls.
 CALLS = 4096
@@ -41,11 +40,8 @@ _CONVOLUTIONS = frozenset({aten.conv1d, aten.conv2d, aten.conv3d})
 _TRANSPOSED = frozenset({aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d})
 _EXTERN = _MATMULS | _CONVOLUTIONS | _TRANSPOSED | {aten.scaled_dot_product_attention}
 # They read each number of their input for several results.
-_POOLS = frozenset(
-    getattr(aten, f"{kind}_pool{rank}d")
-    for kind in ("max", "avg", "adaptive_max", "adaptive_avg")
-    for rank in (1, 2, 3)
-)
+_KINDS = ("max", "avg", "adaptive_max", "adaptive_avg")
+_POOLS = frozenset(getattr(aten, f"{kind}_pool{rank}d") for kind in _KINDS for rank in (1, 2, 3))
 # Of the first operand these read no more than they write.
 _GATHERS = frozenset({aten.embedding, aten.index, aten.index_select, aten.gather})
 
@@ -65,28 +61,16 @@ class Cost:
     flops: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.bytes + other.bytes, self.kernels + other.kernels, self.flops + other.flops
-        )
+        return Cost(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def traffic(self) -> int:
-        """Bytes, with each launch as the bytes that are moved in its time.
-
-        Flops are left out: beside a row that is in registers they are free, and a rewrite that
-        leaves the products alone does not change any others (docs/performance.md).
-        """
+        """Bytes, with launches as bytes; flops on a row in cache are free (docs/performance.md)."""
         return self.bytes + KERNEL_BYTES * self.kernels
 
 
 def saves(before: Cost, after: Cost, extra_weight_bytes: int = 0) -> bool:
-    """Whether an exact rewrite pays: it moves less, and repays its copies of weights.
-
-    Args:
-        before: what the part of the graph costs that is replaced.
-        after: what replaces it.
-        extra_weight_bytes: of weights that are made and held beside the originals.
-    """
+    """Whether an exact rewrite pays: it moves less, and repays its copies of weights."""
     gain = before.traffic - after.traffic
     return gain > 0 and extra_weight_bytes <= CALLS * gain
 
@@ -94,13 +78,11 @@ def saves(before: Cost, after: Cost, extra_weight_bytes: int = 0) -> bool:
 def cost_of(nodes: Iterable[fx.Node]) -> Cost:
     """The cost of these operators in one call, fused with each other and with no others.
 
-    Args:
-        nodes: of one graph, in its order; canonical norms among them. What only parameters go into
-            is computed once, and does not belong here. A symbolic size counts as its hint, and as
-            one where it has none: too little is the cautious side, as a gain then seems smaller.
+    They are of one graph, in its order, canonical norms among them, without what is computed from
+    parameters alone. A symbolic size counts as its hint, and as one where it has none.
     """
     inside = dict.fromkeys(n for n in nodes if n.op == "call_function" and not is_free(n))
-    level: dict[fx.Node, int] = {}
+    level: dict[fx.Node, int] = {}  # how many kernels run before
     space: dict[fx.Node, int] = {}
     group: dict[fx.Node, set[fx.Node]] = {}
     for node in inside:
@@ -120,20 +102,24 @@ def cost_of(nodes: Iterable[fx.Node]) -> Cost:
 
 
 def is_free(node: fx.Node) -> bool:
-    """Whether a node only looks at memory that an operand has, or holds no tensor."""
+    """Whether a call only looks at memory that an operand has, or holds no tensor."""
     held = _tensors(node)
-    source = node.all_input_nodes[0] if node.all_input_nodes else None
-    if not held or source is None or g.packet(node) is None and not g.is_call(node, norm):
-        return True  # getitem, arithmetic of sizes
-    storages = {t.untyped_storage()._cdata for t in _tensors(source)}
-    return all(t.untyped_storage()._cdata in storages for t in held)
+    if node.op != "call_function" or g.mutated_arguments(node):
+        return False
+    if not held or (g.packet(node) is None and not g.is_call(node, norm)):
+        return True  # sizes, and parts of what another node makes
+    storages = {g.memory(t) for source in node.all_input_nodes[:1] for t in _tensors(source)}
+    return None not in storages and storages.issuperset(map(g.memory, held))
 
 
 def _maker(node: fx.Node) -> fx.Node:
     """The node that computes what this one looks at."""
-    while node.op == "call_function" and is_free(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
+    return _maker(node.all_input_nodes[0]) if is_free(node) and node.all_input_nodes else node
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads the memory of a node, through views."""
+    return [r for user in node.users for r in (_readers(user) if is_free(user) else [user])]
 
 
 def _fuses(maker: fx.Node, node: fx.Node, space: dict[fx.Node, int]) -> bool:
@@ -143,8 +129,8 @@ def _fuses(maker: fx.Node, node: fx.Node, space: dict[fx.Node, int]) -> bool:
     if g.packet(node) in _POOLS:  # computes what it reads again for each result
         operands = [n for n in maker.all_input_nodes if _count(n) > 1]
         return not _reduces(maker) and g.packet(maker) not in _POOLS and len(operands) == 1
-    same = space[maker] == space[node]
-    return same or (not _reduces(maker) and _count(maker) <= space[node])
+    inlined = not _reduces(maker) and _count(maker) <= space[node]
+    return inlined or space[maker] == space[node]
 
 
 def _reduces(node: fx.Node) -> bool:
@@ -162,43 +148,32 @@ def _space(node: fx.Node, makers: list[fx.Node], space: dict[fx.Node, int]) -> i
 
 
 def _kernel(members: set[fx.Node]) -> Cost:
-    """One kernel: what it reads once, what others read of it, and what it computes."""
+    """One kernel: what it reads, once; what others read of it; what it computes."""
     reads: dict[Any, int] = {}
-    writes = flops = 0
+    writes = 0
     for node in members:
-        flops += _flops(node)
+        made = sum(map(_bytes, _tensors(node)))
         for operand in node.all_input_nodes:
-            if _maker(operand) not in members:
-                for held in _tensors(operand):
-                    size = _bytes(held)
-                    if g.packet(node) in _GATHERS and operand is node.args[0]:
-                        size = sum(map(_bytes, _tensors(node)))
-                    key = (_maker(operand), str(held.storage_offset()), str(held.shape))
-                    reads[key] = max(size, reads.get(key, 0))
-        if not _readers(node) or any(user not in members for user in _readers(node)):
-            writes += sum(map(_bytes, _tensors(node)))
-    return Cost(sum(reads.values()) + writes, 1, flops)
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """What reads the memory of a node, through views."""
-    found = []
-    for user in node.users:
-        is_view = user.op == "call_function" and is_free(user)
-        found += _readers(user) if is_view else [user]
-    return found
+            maker = _maker(operand)
+            gathered = g.packet(node) in _GATHERS and operand is node.args[0]
+            for held in _tensors(operand) if maker not in members else []:
+                key = (maker, str(held.storage_offset()), str(held.shape))
+                reads[key] = max(made if gathered else _bytes(held), reads.get(key, 0))
+        if not members.issuperset(readers := _readers(node)) or not readers:
+            writes += made
+    return Cost(sum(reads.values()) + writes, 1, sum(map(_flops, members)))
 
 
 def _flops(node: fx.Node) -> int:
     packet, count, args = g.packet(node), _count(node), node.args
     if packet in _MATMULS:
         first = args[1] if packet in (aten.addmm, aten.baddbmm) else args[0]
-        return 2 * count * _sizes(first)[-1]
+        return 2 * count * size_hint(_tensors(first)[0].shape[-1])
     if packet in _CONVOLUTIONS | _TRANSPOSED:
         moved = count if packet in _CONVOLUTIONS else _count(args[0])
-        return 2 * moved * math.prod(_sizes(args[1])[1:])
+        return 2 * moved * (_count(args[1]) // size_hint(_tensors(args[1])[0].shape[0]))
     if packet in _EXTERN:
-        return 4 * _count(args[0]) * _sizes(args[1])[-2]
+        return 4 * _count(args[0]) * size_hint(_tensors(args[1])[0].shape[-2])
     if not g.is_call(node, norm):
         return max(count, *map(_count, node.all_input_nodes)) if _reduces(node) else count
     spec: Any = node.kwargs["spec"]
@@ -215,21 +190,10 @@ def _tensors(node: Any) -> list[torch.Tensor]:
 
 
 def _count(node: Any) -> int:
-    return sum(map(_numel, _tensors(node)))
-
-
-def _numel(held: torch.Tensor) -> int:
-    return math.prod(map(size_hint, held.shape))
-
-
-def _sizes(node: Any) -> list[int]:
-    return [size_hint(size) for size in g.shape(node) or ()]
+    return sum(math.prod(map(size_hint, t.shape)) for t in _tensors(node))
 
 
 def _bytes(held: torch.Tensor) -> int:
     """Of memory: what a stride of zero repeats lies there once."""
-    return held.element_size() * math.prod(
-        size_hint(size)
-        for size, stride in zip(held.shape, held.stride(), strict=True)
-        if size_hint(stride) != 0
-    )
+    dims = zip(held.shape, held.stride(), strict=True)
+    return held.element_size() * math.prod(size_hint(n) for n, by in dims if size_hint(by) != 0)

@@ -54,7 +54,12 @@ def dtype(node: Any) -> torch.dtype | None:
 def storage(node: Any) -> int | None:
     """An identity of the storage behind a node's tensor: equal for a tensor and its views."""
     held = tensor(node)
-    if held is None or held.layout != torch.strided:
+    return None if held is None else memory(held)
+
+
+def memory(held: torch.Tensor) -> int | None:
+    """An identity of a tensor's storage, or None."""
+    if held.layout != torch.strided:
         return None
     try:
         return held.untyped_storage()._cdata

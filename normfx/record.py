@@ -42,6 +42,7 @@ class Refusal(enum.Enum):
     NOT_TRACKED = "weight-not-tracked"
     RANGE = "range-too-small"
     IN_BODY = "inside-a-body"
+    NOT_WORTH = "not-worth-it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,10 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.IN_BODY: Explanation(
         "The norm is in the body of an operator (a checkpoint), where weights are operands.",
         "Run inference without the checkpoint.",
+    ),
+    Refusal.NOT_WORTH: Explanation(
+        "The rewrite would be exact, but the cost model expects no gain for the memory it takes.",
+        "Nothing to do; normfx/cost.py has the model.",
     ),
     Refusal.NOT_TRACKED: Explanation(
         "A parameter was made in inference mode, so changes to it cannot be noticed.",

@@ -12,8 +12,9 @@ from torch import fx, nn
 
 from normfx.cost import CALLS, KERNEL_BYTES, Cost, cost_of, saves
 from normfx.options import Options
+from normfx.passes.verdict import Refused, unless_it_pays
 from normfx.pipeline import rewrite
-from normfx.record import Journal
+from normfx.record import Journal, Refusal
 
 
 def cost(
@@ -235,3 +236,12 @@ def test_rewrites_change_inductors_kernels_as_the_model_says(model):
         modelled.append(cost(model, IMAGE, stage="hoist", rules=given).kernels)
     assert (counted[0] > counted[1]) == (modelled[0] > modelled[1])
     assert counted[0] >= counted[1]
+
+
+def test_a_rewrite_that_does_not_pay_is_refused_by_its_code():
+    node = fx.Graph().placeholder("x")
+    cheap, dear = Cost(10, 1), Cost(20, 1)
+    assert unless_it_pays(node, dear, cheap) is None
+    refused = unless_it_pays(node, cheap, dear)
+    assert refused == Refused(Refusal.NOT_WORTH, node)
+    assert unless_it_pays(node, dear, cheap, 10 * CALLS + 1) == refused
