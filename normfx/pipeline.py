@@ -92,7 +92,8 @@ def rewrite(
             hoisted = hoist(captured, journal)
     watch("hoist", captured)
     with _stage("lower", journal):
-        lower(captured)
+        inference = not grad and not in_body
+        lower(captured, two_passes=inference and options.lowering == "inductor")
         captured.graph.lint()
         captured.recompile()
     watch("lower", captured)

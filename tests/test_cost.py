@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from models import roughened
 from torch import fx, nn
 
-from normfx.cost import CALLS, KERNEL_BYTES, Cost, cost_of, saves
+from normfx.cost import CALLS, FLOPS_A_BYTE, KERNEL_BYTES, Cost, cost_of, saves
 from normfx.options import Options
 from normfx.passes.verdict import Refused, unless_it_pays
 from normfx.pipeline import rewrite
@@ -172,12 +172,14 @@ def test_a_scale_past_a_product_is_read_and_written_once_more():
 
 
 def test_without_the_mean_a_norm_moves_as_much():
-    """Recentring saves flops beside a row that is in cache, and makes copies of weights."""
+    """Recentring saves flops, for copies of what writes the stream: as many as those are worth."""
     x = torch.randn(64, 768)
     before, after = cost(nn.LayerNorm(768, bias=False), x), cost(nn.RMSNorm(768, 1e-6), x)
     assert (before.bytes, before.kernels) == (after.bytes, after.kernels)
     assert before.flops - after.flops == 3 * x.numel()
-    assert not saves(before, after)
+    gain = 3 * x.numel() // FLOPS_A_BYTE
+    assert saves(before, after, CALLS * gain)
+    assert not saves(before, after, CALLS * gain + 1)
 
 
 def test_affine_parts_are_worth_copies_of_some_size():
@@ -191,11 +193,12 @@ def test_affine_parts_are_worth_copies_of_some_size():
 
 
 def test_bounds():
-    one, more = Cost(100, 1, 7), Cost(101, 1, 0)
+    one, more = Cost(100, 1, 7), Cost(101, 1, 7)
     assert saves(more, one, CALLS)
     assert not saves(more, one, CALLS + 1)
     assert not saves(one, one)
     assert not saves(one, more)
+    assert saves(Cost(0, 0, FLOPS_A_BYTE), Cost())
     assert saves(Cost(0, 2), Cost(KERNEL_BYTES - 1, 1))
     assert not saves(Cost(0, 2), Cost(KERNEL_BYTES, 1))
 

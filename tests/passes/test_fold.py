@@ -57,9 +57,22 @@ return [v17]
     assert_expected_inline(
         texts["lower"],
         """\
-v0 = layer_norm(in2, [8], None, None, 1e-05)
-v1 = linear(v0, hoisted_0, hoisted_1)
-return [v1]
+v0 = to(in2, float32)
+v1 = mean(v0, [1], True)
+v2 = to(v0, float32)
+v3 = to(v1, float32)
+v4 = sub(v2, v3)
+v5 = square(v4)
+v6 = sum(v5, [1], True)
+v7 = div(v6, 8)
+v8 = add(v7, 1e-05)
+v9 = rsqrt(v8)
+v10 = sub(v2, v3)
+v11 = mul(v10, v9)
+v12 = to(v11, float32)
+v13 = to(v12, float32)
+v14 = linear(v13, hoisted_0, hoisted_1)
+return [v14]
 """,
     )
     assert journal.sites[0].actions == [RULE]
