@@ -73,9 +73,10 @@ def _is_on_cpu(node: fx.Node) -> bool:
 def _is_short_row(node: fx.Node) -> bool:
     """Whether a norm is of rows that Inductor takes two passes over, as it has few elements."""
     spec: Any = node.kwargs["spec"]
+    if spec.origin != "layer_norm" or spec.groups:
+        return False
     sizes = [(g.shape(node) or ())[d] for d in spec.dims]
-    known = all(isinstance(size, int) for size in sizes)
-    return spec.origin == "layer_norm" and known and math.prod(sizes) <= _SHORT_ROW
+    return all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= _SHORT_ROW
 
 
 def _as_operator(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
