@@ -158,6 +158,19 @@ def _is_like(operand: Any, sizes: list[int], dtype: torch.dtype, spec: NormSpec)
     return list(g.shape(operand) or ()) == sizes and same_dtype
 
 
+def _give_statistics(operands: list[Any], spec: NormSpec) -> None:
+    """Makes the mean and the variance operands, where the body would compute them."""
+    x, mean, square, gate = operands[0], *operands[4:]
+    plain = spec.statistic == "variance" and spec.eps_place in ("inside", "floor-inside")
+    if plain and not (spec.groups or spec.prefix) and mean is square is gate is None:
+        h = x.to(spec.stats_dtype)
+        mean = h.mean(spec.dims, keepdim=True)
+        # not h - mean, which the body has: Inductor would make it once, and write it to memory
+        square = (mean - h).square().sum(spec.dims, keepdim=True)
+        n = math.prod(h.shape[d] for d in spec.dims)
+        operands[4:6] = [mean, square / (n - spec.correction)]
+
+
 def _as_body(
     graph: fx.Graph, node: fx.Node, bodies: dict[Any, fx.GraphModule], *, two_passes: bool
 ) -> fx.Node:
@@ -181,10 +194,8 @@ def _as_body(
             operands: list[Any] = [None] * len(operands_of)
             for i, tensor in zip(present, given, strict=True):
                 operands[i] = tensor
-            if two_passes and spec.statistic == "variance" and not (spec.groups or spec.prefix):
-                x, mean, gate = operands[0], operands[4], operands[6]
-                if mean is None and gate is None:
-                    operands[4] = x.to(spec.stats_dtype).mean(spec.dims, keepdim=True)
+            if two_passes:
+                _give_statistics(operands, spec)
             return norm(*operands, spec=spec, rank=rank)
 
         mode = fake_mode_of(fakes)
