@@ -75,7 +75,8 @@ def _is_short_row(node: fx.Node) -> bool:
     spec: Any = node.kwargs["spec"]
     if spec.origin != "layer_norm" or spec.groups:
         return False
-    sizes = [(g.shape(node) or ())[d] for d in spec.dims]
+    shape: Any = g.shape(node)
+    sizes: list[Any] = [shape[d] for d in spec.dims]
     return all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= _SHORT_ROW
 
 
