@@ -118,7 +118,7 @@ def refusing_stages() -> dict[str, set[str]]:
         stage = "recognise" if path.stem in RECOGNITION else path.stem
         if path.parent.name == "bake":
             stage = "bake"
-        if stage == "pipeline":  # the reasons why a whole graph is not folded
+        if stage in ("pipeline", "verdict"):  # the reasons of all rules
             stage = "fold"
         for name in re.findall(r"\bRefusal\.([A-Z_]+)\b", path.read_text(encoding="utf-8")):
             found.setdefault(name, set()).add(stage)

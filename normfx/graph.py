@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 import os
 import re
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,18 +51,15 @@ def dtype(node: Any) -> torch.dtype | None:
     return None if held is None else held.dtype
 
 
-def hint(size: int | torch.SymInt) -> int:
-    """A size as a number; of a symbolic one that of this call. Comparing it guards nothing."""
-    if isinstance(size, int):
-        return size
-    found = size.node.hint
-    return sys.maxsize if found is None else int(found)
-
-
 def storage(node: Any) -> int | None:
     """An identity of the storage behind a node's tensor: equal for a tensor and its views."""
     held = tensor(node)
-    if held is None or held.layout != torch.strided:
+    return None if held is None else memory(held)
+
+
+def memory(held: torch.Tensor) -> int | None:
+    """An identity of a tensor's storage, or None."""
+    if held.layout != torch.strided:
         return None
     try:
         return held.untyped_storage()._cdata

@@ -116,9 +116,11 @@ def rewrite(
     with _stage("hoist", journal):
         if not blocked and options.allows("hoist"):
             hoisted = hoist(captured, journal, conditions)
+        assert hoisted is not None or not conditions  # nobody would check them
     watch("hoist", captured)
     with _stage("lower", journal):
-        lower(captured)
+        inference = not grad and not in_body
+        lower(captured, two_passes=inference and options.lowering == "inductor")
         captured.graph.lint()
         captured.recompile()
     watch("lower", captured)

@@ -155,8 +155,32 @@ def copy_graph_meta(new: fx.GraphModule, old: fx.GraphModule) -> None:
     and CUDA graphs copy every parameter at every call.
     """
     new.meta.update(old.meta)
-    sources = getattr(old, "_param_name_to_source", {})
-    new._param_name_to_source = sources  # pyright: ignore[reportArgumentType]
+    sources = getattr(old, "_param_name_to_source", None)
+    if sources is not None:
+        # under freezing, dynamo makes parameters attributes of the graph; capture renames them
+        owners = {id(t): sources[name] for name, t in _state(old) if name in sources}
+        given = {name: owners[id(t)] for name, t in _state(new) if id(t) in owners}
+        new._param_name_to_source = {**sources, **given}  # pyright: ignore[reportArgumentType]
+
+
+def _state(gm: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer by its name, as AOTAutograd looks for them."""
+    yield from gm.named_parameters(remove_duplicate=False)
+    yield from gm.named_buffers(remove_duplicate=False)
+
+
+def _name_constants(gm: fx.GraphModule) -> None:
+    """Gives constants of the graph (`torch.tensor([1, 2])`) a source: AOTAutograd wants one of all.
+
+    Dynamo has none for them, as in its graph they are still calls.
+    """
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is None:
+        return
+    from torch._dynamo.source import ConstantSource
+
+    named = {name: sources.get(name) or ConstantSource(name) for name, _ in _state(gm)}
+    gm._param_name_to_source = {**sources, **named}  # pyright: ignore[reportArgumentType]
 
 
 def mark_static(placeholder: fx.Node) -> None:
@@ -213,6 +237,7 @@ def compile_with_inductor(gm: fx.GraphModule, inputs: list[Any], settings: dict[
     """Inductor's callable for a graph."""
     from torch._inductor.compile_fx import compile_fx
 
+    _name_constants(gm)
     return compile_fx(gm, inputs, config_patches=settings)
 
 
@@ -253,3 +278,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def size_hint(size: Any, unknown: int = 1) -> int:
+    """A size, or what it was in the run that is compiled; no guard comes of it."""
+    if not is_symbolic(size):
+        return size
+    hint = size.node.hint
+    return unknown if hint is None else int(hint)

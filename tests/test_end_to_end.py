@@ -78,3 +78,24 @@ def test_weights_are_live_through_inductor():
             for parameter in model.parameters():
                 parameter.mul_(1.1)
     assert len(normfx.report().graphs) == 1
+
+
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = roughened(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)))
+
+    def forward(self, x):
+        return self.head(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+def test_a_constant_made_in_the_forward():
+    assert_agrees(Constant(), torch.randn(16, 8), options={"lowering": "inductor"})
+
+
+def test_freezing_keeps_the_folds():
+    """Parameters are then attributes of the graph, and Inductor folds what is made from them."""
+    with torch._inductor.config.patch(freezing=True):
+        assert_agrees(Constant(), torch.randn(16, 8), options={"lowering": "inductor"})
+    assert [site.actions for site in normfx.report().sites] == [["fold-affine-into-linear"]]
+    assert normfx.report().graphs[0].hoisted == 0

@@ -18,6 +18,7 @@ where enough norms read it.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from normfx.options import Options
 from normfx.passes.emit import Emitter
 from normfx.passes.verdict import Refused, change, refuse
 from normfx.record import Refusal
+from normfx.torch_internals import size_hint
 
 aten = torch.ops.aten
 
@@ -165,7 +167,7 @@ def _size(node: Any) -> int:
     """How many numbers a value has in this call."""
     held = g.tensor(node)
     assert held is not None
-    return g.hint(held.numel())
+    return size_hint(held.numel(), unknown=sys.maxsize)
 
 
 def _refused(reason: Reason, blind: MeanBlind, stream: set[fx.Node]) -> Refused:

@@ -57,9 +57,23 @@ return [v17]
     assert_expected_inline(
         texts["lower"],
         """\
-v0 = layer_norm(in2, [8], None, None, 1e-05)
-v1 = linear(v0, hoisted_0, hoisted_1)
-return [v1]
+v0 = to(in2, float32)
+v1 = mean(v0, [1], True)
+v2 = sub(v1, v0)
+v3 = square(v2)
+v4 = sum(v3, [1], True)
+v5 = div(v4, 8)
+v6 = to(v0, float32)
+v7 = to(v1, float32)
+v8 = to(v5, float32)
+v9 = add(v8, 1e-05)
+v10 = rsqrt(v9)
+v11 = sub(v6, v7)
+v12 = mul(v11, v10)
+v13 = to(v12, float32)
+v14 = to(v13, float32)
+v15 = linear(v14, hoisted_0, hoisted_1)
+return [v15]
 """,
     )
     assert journal.sites[0].actions == [RULE]
