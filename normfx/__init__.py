@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normfx import nn as nn
     from normfx.errors import NormfxError as NormfxError
     from normfx.errors import OptionError as OptionError
     from normfx.errors import StageError as StageError
@@ -57,6 +58,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return importlib.import_module("normfx.nn")
     if name not in _HOMES:
         raise AttributeError(f"module 'normfx' has no attribute {name!r}")
     found = getattr(importlib.import_module(f"normfx.{_HOMES[name]}"), name)

@@ -237,3 +237,8 @@ def is_traceable(held: Any) -> bool:
 def is_symbolic(number: Any) -> bool:
     """Whether a number is known only as a symbol."""
     return isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running a backward pass on this thread."""
+    return torch._C._current_graph_task_id() != -1
