@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from normfx.nn.images import RMSNorm2d as RMSNorm2d
     from normfx.nn.masked_batch_norm import GraphBatchNorm as GraphBatchNorm
     from normfx.nn.masked_batch_norm import MaskedBatchNorm as MaskedBatchNorm
-    from normfx.nn.mix_ln import Placement as Placement
-    from normfx.nn.mix_ln import mix_ln as mix_ln
+    from normfx.nn.placement import Placement as Placement
+    from normfx.nn.placement import mix_ln as mix_ln
+    from normfx.nn.placement import placements_of as placements_of
     from normfx.nn.power import PowerNorm as PowerNorm
     from normfx.nn.recentred import ZeroMeanOutputLinear as ZeroMeanOutputLinear
     from normfx.nn.region import RegionNormBasic as RegionNormBasic
@@ -64,7 +65,7 @@ _HOMES = {
     "GraphBatchNorm": "masked_batch_norm",
     "LayerNorm2d": "images",
     "MaskedBatchNorm": "masked_batch_norm",
-    "Placement": "mix_ln",
+    "Placement": "placement",
     "PowerNorm": "power",
     "RMSNorm2d": "images",
     "RegionNormBasic": "region",
@@ -81,7 +82,8 @@ _HOMES = {
     "WeightCompander": "compander",
     "ZeroMeanOutputLinear": "recentred",
     "compand": "compander",
-    "mix_ln": "mix_ln",
+    "mix_ln": "placement",
+    "placements_of": "placement",
 }
 
 __all__ = [
@@ -111,6 +113,7 @@ __all__ = [
     "ZeroMeanOutputLinear",
     "compand",
     "mix_ln",
+    "placements_of",
 ]
 
 

@@ -139,9 +139,7 @@ class UnifiedNorm(nn.Module):
             return (x * channels.align(scale) + channels.align(self.bias)).to(x.dtype)
         with torch.no_grad():
             batch = self._statistics(self._moment(x, pad_mask, channels))
-        if torch.is_grad_enabled() and any(
-            t.requires_grad for t in (x, self.weight, self.bias)
-        ):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.weight, self.bias)):
             kept = keep(torch.stack((batch.moment, batch.v, batch.rho)))
             outlier = keep(batch.outlier)
             return _Normalize.apply(
