@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfx.nn.channels import Channels
+from normfx.nn.channels import Channels, statistics_dtype
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -65,7 +65,8 @@ class RMSNorm2d(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes each pixel."""
-        Channels(x, self.normalized_shape[0], 1, "RMSNorm2d")
-        last = x.movedim(1, -1)
-        normalized = F.rms_norm(last, list(self.normalized_shape), self.weight, self.eps)
-        return normalized.movedim(-1, 1)
+        channels = Channels(x, self.normalized_shape[0], 1, "RMSNorm2d")
+        # Not F.rms_norm: that warns where autocast gives it another dtype than the weight's.
+        wide = x.to(statistics_dtype(x))
+        scaled = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + self.eps)
+        return (scaled * channels.align(self.weight)).to(x.dtype)

@@ -126,7 +126,9 @@ def four_ways(arguments, weights, x, kind):
 
     def linear(h, name, layer=None):
         weight, bias = weights[f"{name}_weight"], weights[f"{name}_bias"]
-        return F.linear(h, weight, bias) if layer is None else F.linear(h, weight[layer], bias[layer])
+        return (
+            F.linear(h, weight, bias) if layer is None else F.linear(h, weight[layer], bias[layer])
+        )
 
     h = linear(x, "patch_linear") + weights["pos_embedding"]
     h = torch.cat((weights["cls_token"].expand(len(x), -1, -1), h), 1)
@@ -144,9 +146,7 @@ class GraphAttention(nn.Module):
     def __init__(self, width, heads, bias):
         super().__init__()
         self.heads = heads
-        self.Q, self.K, self.V, self.proj_e = (
-            nn.Linear(width, width, bias=bias) for _ in range(4)
-        )
+        self.Q, self.K, self.V, self.proj_e = (nn.Linear(width, width, bias=bias) for _ in range(4))
 
     def forward(self, h, e, src, dst):
         q, k, v, p = (
@@ -190,7 +190,9 @@ class GraphTransformerLayer(nn.Module):
     def forward(self, h, e, src, dst):
         attended = self.attention(h, e, src, dst)
         out = []
-        for of, before, writer, new in zip("he", (h, e), (self.O_h, self.O_e), attended, strict=True):
+        for of, before, writer, new in zip(
+            "he", (h, e), (self.O_h, self.O_e), attended, strict=True
+        ):
             value = self.normalized(before + writer(new), 1, of)
             fed = getattr(self, f"FFN_{of}_layer1")(value).relu()
             out.append(self.normalized(value + getattr(self, f"FFN_{of}_layer2")(fed), 2, of))

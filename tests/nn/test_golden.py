@@ -40,7 +40,14 @@ def unified(a, case):
 
 
 def power(a, case):
-    names = ("groups", "warmup_steps", "eps", "alpha_forward", "alpha_backward", "group_scaling_eps")
+    names = (
+        "groups",
+        "warmup_steps",
+        "eps",
+        "alpha_forward",
+        "alpha_backward",
+        "group_scaling_eps",
+    )
     return N.PowerNorm(
         a["channels"],
         batch_first=case.get("layout", "").startswith("(batch, t"),
