@@ -39,7 +39,7 @@ class Channels:
 
     def align(self, values: Tensor) -> Tensor:
         """Values of the channels, (C,), so that they broadcast against x."""
-        return values.reshape(self._shape)
+        return values if self.dim == len(self._shape) - 1 else values.reshape(self._shape)
 
     def align_mask(self, mask: Tensor, x: Tensor, layer: str) -> Tensor:
         """A mask over positions, so that it broadcasts against x."""

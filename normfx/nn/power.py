@@ -119,7 +119,7 @@ class PowerNorm(nn.Module):
         if self.groups is not None:
             x = group_scaled(x, self.groups, channels.dim, self.group_scaling_eps)
         if not self.training:
-            scale = self.weight * torch.rsqrt(self.running_phi.flatten() + self.eps)
+            scale = self.weight * torch.rsqrt(self.running_phi.reshape(-1) + self.eps)
             return (x * channels.align(scale) + channels.align(self.bias)).to(out)
         exact = self.variant == "PN-V"
         moment = self._moment(x if exact else x.detach(), pad_mask, channels)
@@ -131,7 +131,7 @@ class PowerNorm(nn.Module):
                     _advance(state, moment, settings, self.iters + 1)
             return self._normalized(x, moment, channels).to(out)
         divisor = torch.where(
-            self.iters + 1 <= self.warmup_steps, moment, self.running_phi.flatten()
+            self.iters + 1 <= self.warmup_steps, moment, self.running_phi.reshape(-1)
         ).to(moment.dtype)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.weight, self.bias)):
             kept = keep(torch.stack((moment, divisor)).detach())
@@ -164,7 +164,7 @@ class PowerNorm(nn.Module):
             count = (~pad_mask).sum().to(square.dtype).reshape(1)
         total = across_ranks(torch.cat((channels.sum(square), count)), self.sync)
         total, count = total[:-1], total[-1:]
-        return torch.where(count > 0, total / count, self.running_phi.flatten().to(total.dtype))
+        return torch.where(count > 0, total / count, self.running_phi.reshape(-1).to(total.dtype))
 
     def _settings(self) -> _Settings:
         return _Settings(
@@ -240,7 +240,7 @@ class _Normalize(torch.autograd.Function):
             # With retain_graph=True there is a second backward pass of the same forward pass.
             first, ctx.advanced = not ctx.advanced, True
         state = _State(*(now(t, dz) for t in ctx.state))
-        ema = state.ema_gz.flatten().to(kept.dtype)
+        ema = state.ema_gz.reshape(-1).to(kept.dtype)
         correction = (1 - settings.alpha_backward) * ema
         wide = weight.to(kept.dtype)
         g = d * channels.align(wide) - channels.align(correction) * z
@@ -260,7 +260,7 @@ def _advance(
 ) -> None:
     """Notes a batch in the running mean square. `known`: the state to begin with."""
     known = known or state
-    phi = known.running_phi.flatten().to(moment.dtype)
+    phi = known.running_phi.reshape(-1).to(moment.dtype)
     averaged = phi * (step - 1) / step + moment / step
     phi = torch.where(step < settings.warmup_steps, averaged, phi)
     phi = settings.alpha_forward * phi + (1 - settings.alpha_forward) * moment
