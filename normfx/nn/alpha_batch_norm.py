@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from normfx.nn.channels import Channels, statistics_dtype
-from normfx.nn.moments import channel_moments, unbiased
+from normfx.nn.moments import channel_moments, trained_batch_norm, unbiased
 from normfx.nn.state import is_first_pass
 
 
@@ -66,16 +66,17 @@ class AlphaBatchNorm(nn.Module):
     @classmethod
     def from_batch_norm(cls, norm: Any, weight_of_test_batch: float = 0.1) -> AlphaBatchNorm:
         """Takes over a trained BatchNorm: its parameters, statistics, eps, dtype and device."""
+        source = trained_batch_norm(norm, "AlphaBatchNorm")
         made = cls(
-            norm.num_features,
+            source.num_features,
             weight_of_test_batch=weight_of_test_batch,
-            eps=norm.eps,
-            device=norm.running_mean.device,
-            dtype=norm.running_mean.dtype,
+            eps=source.eps,
+            device=source.running_mean.device,
+            dtype=source.running_mean.dtype,
         )
         # An affine-free BatchNorm keeps the ones and zeros it stands for.
-        made.layer.load_state_dict({**made.layer.state_dict(), **norm.state_dict()})
-        return made.train(norm.training)
+        made.layer.load_state_dict({**made.layer.state_dict(), **source.state_dict()})
+        return made.train(source.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes with mixed statistics; notes those of this batch."""

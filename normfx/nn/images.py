@@ -43,7 +43,7 @@ class LayerNorm2d(nn.LayerNorm):
         return normalized.movedim(-1, 1)
 
 
-class RMSNorm2d(nn.RMSNorm):
+class RMSNorm2d(nn.Module):
     """Shapes: x (batch, channels, height, width). State: weight (C,).
 
     Args:
@@ -61,12 +61,19 @@ class RMSNorm2d(nn.RMSNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels, eps=eps, device=device, dtype=dtype)
+        super().__init__()
+        self.channels = channels
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes each pixel."""
-        channels = Channels(x, self.normalized_shape[0], 1, "RMSNorm2d")
+        channels = Channels(x, self.channels, 1, "RMSNorm2d")
         # Not F.rms_norm: that warns where autocast gives it another dtype than the weight's.
         wide = x.to(statistics_dtype(x))
         scaled = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + self.eps)
         return (scaled * channels.align(self.weight)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments, as `print` shows them."""
+        return f"{self.channels}, eps={self.eps}"

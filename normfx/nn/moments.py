@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,13 @@ def channel_moments(
 def unbiased(variance: Tensor, count: Tensor) -> Tensor:
     """A biased variance as the estimate for the population; that of one number is its own zero."""
     return variance * (count / (count - 1).clamp(min=1))
+
+
+def trained_batch_norm(norm: Any, layer: str) -> Any:
+    """A BatchNorm that has the statistics of its training."""
+    if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
+        raise ValueError(
+            f"{layer}: expected a BatchNorm with running statistics, got {norm}; its statistics "
+            f"are the source that is adapted"
+        )
+    return norm

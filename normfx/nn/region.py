@@ -31,32 +31,14 @@ from normfx.nn.ranks import across_ranks
 EPS = 1e-5
 
 
-class RegionNormBinary(nn.Module):
-    """The normalization alone.
-
-    Shapes:
-        x: (batch, channels, height, width).
-        mask: (batch, 1, height, width) of zeros and ones, of any size: nearest neighbours are
-            taken.
-
-    No state.
-
-    Args:
-        channels: C.
-        eps: added to the variance of the whole grid.
-        sync: sum the statistics over the ranks of the default process group, if there is one.
-    """
+class _Regions(nn.Module):
+    """What the three layers share."""
 
     def __init__(self, channels: int, *, eps: float = EPS, sync: bool = True) -> None:
         super().__init__()
         self.channels = channels
         self.eps = eps
         self.sync = sync
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Normalizes both regions."""
-        wide = x.to(statistics_dtype(x))
-        return self._regions(wide, self._resized(mask, x)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """The arguments, as `print` shows them."""
@@ -87,7 +69,29 @@ class RegionNormBinary(nn.Module):
         return centred * channels.align(torch.rsqrt(variance + self.eps * grid / size))
 
 
-class RegionNormBasic(RegionNormBinary):
+class RegionNormBinary(_Regions):
+    """The normalization alone.
+
+    Shapes:
+        x: (batch, channels, height, width).
+        mask: (batch, 1, height, width) of zeros and ones, of any size: nearest neighbours are
+            taken.
+
+    No state.
+
+    Args:
+        channels: C.
+        eps: added to the variance of the whole grid.
+        sync: sum the statistics over the ranks of the default process group, if there is one.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Normalizes both regions."""
+        wide = x.to(statistics_dtype(x))
+        return self._regions(wide, self._resized(mask, x)).to(x.dtype)
+
+
+class RegionNormBasic(_Regions):
     """RN-B: with a scale for each region.
 
     Shapes: as RegionNormBinary; the mask is 1 in the hole.
@@ -128,7 +132,7 @@ class RegionNormBasic(RegionNormBinary):
         return (self._regions(x.to(m.dtype), m) * scale + shift).to(x.dtype)
 
 
-class RegionNormLearnable(RegionNormBinary):
+class RegionNormLearnable(_Regions):
     """RN-L: the mask, the scale and the shift of each pixel come from the features.
 
     Shapes:

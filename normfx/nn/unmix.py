@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfx.nn.channels import Channels, statistics_dtype
+from normfx.nn.moments import trained_batch_norm
 from normfx.nn.ranks import across_ranks
 from normfx.nn.state import is_first_pass, keep
 
@@ -106,23 +107,24 @@ class UnMixTNS(nn.Module):
             generator: of the random spread.
             options: as of the constructor.
         """
+        source = trained_batch_norm(norm, "UnMixTNS")
         made = cls(
-            norm.num_features,
-            batch_norm_momentum=norm.momentum,
-            eps=norm.eps,
+            source.num_features,
+            batch_norm_momentum=0.1 if source.momentum is None else source.momentum,
+            eps=source.eps,
             dims=1 if isinstance(norm, nn.BatchNorm1d) else 2,
-            device=norm.running_mean.device,
-            dtype=norm.running_mean.dtype,
+            device=source.running_mean.device,
+            dtype=source.running_mean.dtype,
             **options,
         )
         with torch.no_grad():
-            if norm.affine:
-                made.weight.copy_(norm.weight)
-                made.bias.copy_(norm.bias)
-            made.source_mean.copy_(norm.running_mean)
-            made.source_var.copy_(norm.running_var)
+            if source.affine:
+                made.weight.copy_(source.weight)
+                made.bias.copy_(source.bias)
+            made.source_mean.copy_(source.running_mean)
+            made.source_var.copy_(source.running_var)
             made.reset_components(generator)
-        return made.train(norm.training)
+        return made.train(source.training)
 
     @torch.no_grad()
     def reset_components(self, generator: torch.Generator | None = None) -> None:

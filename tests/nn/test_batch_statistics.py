@@ -62,7 +62,7 @@ def test_nodes_and_edges():
     got = norm(nodes, edges)
     torch.testing.assert_close(got[0], F.batch_norm(nodes, None, None, training=True))
     torch.testing.assert_close(got[1], F.batch_norm(edges, None, None, training=True))
-    assert list(norm.state_dict())[0] == "nodes.weight"
+    assert next(iter(norm.state_dict())) == "nodes.weight"
 
 
 def evonorm_definition(x, variant, v, eps, groups):
@@ -105,7 +105,7 @@ def test_evonorm_running_variance():
 
 
 def test_evonorm_bad_arguments():
-    with pytest.raises(ValueError, match="expected a variant of .*got 'B3'"):
+    with pytest.raises(ValueError, match=r"expected a variant of .*got 'B3'"):
         N.EvoNorm(C, "B3")
     with pytest.raises(ValueError, match="groups that divides 4 channels, got 3"):
         N.EvoNorm(C, "S0", groups=3)
@@ -172,7 +172,7 @@ def test_alpha_batch_norm_without_affine_and_out_of_range():
     source = nn.BatchNorm2d(C, affine=False)
     norm = N.AlphaBatchNorm.from_batch_norm(source)
     torch.testing.assert_close(norm.layer.weight, torch.ones(C))
-    with pytest.raises(ValueError, match="from 0 .* to 1 .*got 1.5"):
+    with pytest.raises(ValueError, match=r"from 0 .* to 1 .*got 1.5"):
         N.AlphaBatchNorm(C, weight_of_test_batch=1.5)
 
 
@@ -210,3 +210,10 @@ def test_unmix_in_one_dimension_adapts_nothing():
     torch.testing.assert_close(norm.state_dict(), before)
     with pytest.raises(ValueError, match="construct it with dims=1"):
         N.UnMixTNS(C)(torch.randn(6, C))
+
+
+@pytest.mark.parametrize("adapted", [N.AlphaBatchNorm, N.UnMixTNS])
+def test_a_source_without_statistics(adapted):
+    for source in (nn.BatchNorm2d(C, track_running_stats=False), nn.LayerNorm(C)):
+        with pytest.raises(ValueError, match="a BatchNorm with running statistics, got"):
+            adapted.from_batch_norm(source)

@@ -118,13 +118,21 @@ def test_standardized_weights():
             torch.testing.assert_close(layer(x), F.conv2d(x, used, layer.bias, groups=2))
     assert N.ScaledStdConv2d(C, 4, 3).gain.shape == (4, 1, 1, 1)
     assert N.ScaledStdConv2d(C, 4, 3, gain_init=0.0)(x.float()).abs().max() < 1
-    with pytest.raises(ValueError, match="expected gamma to be a number or one of .*got 'swish'"):
+    with pytest.raises(ValueError, match=r"expected gamma to be a number or one of .*got 'swish'"):
         N.ScaledStdConv2d(C, 4, 3, gamma="swish")
 
 
 @pytest.mark.parametrize(
     ("blocks", "alpha", "post"),
-    [(12, 0.25, 3), (24, 0.25, 6), (10, 0.25, 2), (100, 0.29, 29), (4, 0.0, 0), (4, 1.0, 4), (0, 0.5, 0)],
+    [
+        (12, 0.25, 3),
+        (24, 0.25, 6),
+        (10, 0.25, 2),
+        (100, 0.29, 29),
+        (4, 0.0, 0),
+        (4, 1.0, 4),
+        (0, 0.5, 0),
+    ],
 )
 def test_mix_ln(blocks, alpha, post):
     placements = N.mix_ln(blocks, alpha)
