@@ -220,7 +220,8 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, kept)
         # Not saved tensors: they change between the passes, and are wanted as they are then.
         ctx.state, ctx.settings, ctx.channels = state, settings, channels
-        ctx.advanced = False
+        # Of what a checkpoint runs again, the first run has advanced the state or is to do so.
+        ctx.advanced = not is_first_pass()
         z = x.to(kept.dtype) * channels.align(torch.rsqrt(kept[1] + settings.eps))
         return (z * channels.align(weight) + channels.align(bias)).to(x.dtype)
 

@@ -324,3 +324,13 @@ def test_inductor():
     torch.testing.assert_close(other.state_dict(), model.state_dict())
     for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_reentrant_checkpoint_counts_a_batch_once():
+    norm = layer(warmup_steps=100)
+    plain = copy.deepcopy(norm)
+    for _ in range(3):
+        x = torch.randn(2, 5, C).double().requires_grad_()
+        checkpoint(norm, x, use_reentrant=True).square().sum().backward()
+        plain(x).square().sum().backward()
+    torch.testing.assert_close(norm.state_dict(), plain.state_dict())
