@@ -22,6 +22,7 @@ class Channels:
     """
 
     def __init__(self, x: Tensor, count: int, dim: int, layer: str) -> None:
+        _check_real(x)
         rank = x.dim()
         if rank < 2 or not -rank <= dim < rank or x.shape[dim] != count:
             raise ValueError(
@@ -58,4 +59,14 @@ class Channels:
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype that statistics are computed in: float32 at least."""
+    _check_real(x)
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _check_real(x: Tensor) -> None:
+    """An integer result would be cut off, and a complex square is no square of a size."""
+    if not x.is_floating_point():
+        raise ValueError(
+            f"a normalization layer: expected a real floating-point input, got {x.dtype}; convert "
+            f"it first, for instance with .float()"
+        )

@@ -159,8 +159,11 @@ class PowerNorm(nn.Module):
         square = x.to(statistics_dtype(x)).square()
         count = square.new_full((1,), channels.positions)
         if pad_mask is not None:
-            padding = pad_mask if self.batch_first else pad_mask.transpose(0, 1)
-            square = torch.where(channels.align_mask(padding, x, "PowerNorm"), 0.0, square)
+            padding, layer = pad_mask, "PowerNorm"
+            if not self.batch_first and x.dim() == 3 and channels.dim == 2 and pad_mask.dim() == 2:
+                padding = pad_mask.transpose(0, 1)
+                layer = "PowerNorm, for time first its mask (batch, time) transposed"
+            square = torch.where(channels.align_mask(padding, x, layer), 0.0, square)
             count = (~pad_mask).sum().to(square.dtype).reshape(1)
         total = across_ranks(torch.cat((channels.sum(square), count)), self.sync)
         total, count = total[:-1], total[-1:]
@@ -249,7 +252,10 @@ class _Normalize(torch.autograd.Function):
         total = wide * dz - correction * channels.sum(z * z)
         total = torch.cat((total, total.new_full((1,), channels.positions)))
         total = across_ranks(total, settings.sync)
-        ctx.state.ema_gz.copy_((ema + total[:-1] / total[-1:]).reshape(ctx.state.ema_gz.shape))
+        moved = ema + total[:-1] / total[-1:]
+        # A gradient that overflowed (the step that a loss scaler skips) would stay.
+        moved = torch.where(moved.isfinite().all(), moved, ema)
+        ctx.state.ema_gz.copy_(moved.reshape(ctx.state.ema_gz.shape))
         if first:
             _advance(ctx.state, moment, settings, state.iters + 1, state)
         dx = g * channels.align(torch.rsqrt(moment + settings.eps))
@@ -259,11 +265,20 @@ class _Normalize(torch.autograd.Function):
 def _advance(
     state: _State, moment: Tensor, settings: _Settings, step: Tensor, known: _State | None = None
 ) -> None:
-    """Notes a batch in the running mean square. `known`: the state to begin with."""
+    """Notes a batch in the running mean square, unless it is not finite.
+
+    Args:
+        state: what is changed.
+        moment: the batch's mean square.
+        settings: of the layer.
+        step: the number of this batch.
+        known: the state to begin with, if not `state`.
+    """
     known = known or state
-    phi = known.running_phi.reshape(-1).to(moment.dtype)
+    old = phi = known.running_phi.reshape(-1).to(moment.dtype)
     averaged = phi * (step - 1) / step + moment / step
     phi = torch.where(step < settings.warmup_steps, averaged, phi)
     phi = settings.alpha_forward * phi + (1 - settings.alpha_forward) * moment
+    phi = torch.where(moment.isfinite().all(), phi, old)
     state.running_phi.copy_(phi.reshape(state.running_phi.shape))
     state.iters.copy_(step)

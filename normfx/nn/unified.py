@@ -305,31 +305,44 @@ class _Normalize(torch.autograd.Function):
 def _smoothed(
     state: _State, known: _State, q: Tensor, outlier: Tensor, settings: _Settings, step: Tensor
 ) -> Tensor:
-    """What replaces q in the gradient; notes q in the window of the backward pass."""
+    """What replaces q in the gradient; notes q in the window of the backward pass.
+
+    A gradient that overflowed (the step that a loss scaler skips) is not noted: it would stay.
+    """
     size = state.buffer_gz.shape[0]
     skip = outlier | (settings.window == 1)
-    ema = known.ema_gz.to(q.dtype)
-    window = _put(known.buffer_gz.to(q.dtype), torch.where(skip, ema, q), step)
+    old, slots = known.ema_gz.to(q.dtype), known.buffer_gz.to(q.dtype)
+    window = _put(slots, torch.where(skip, old, q), step)
     alone = skip | (step <= size) | (step < settings.warmup_steps)
     recent = torch.where(alone, q, window.mean(0))
-    ema = settings.momentum * ema + (1 - settings.momentum) * recent
-    state.buffer_gz.copy_(window)
-    state.ema_gz.copy_(ema)
+    ema = settings.momentum * old + (1 - settings.momentum) * recent
+    finite = q.isfinite().all()
+    state.buffer_gz.copy_(torch.where(finite, window, slots))
+    state.ema_gz.copy_(torch.where(finite, ema, old))
     return torch.where(skip, recent, ema)
 
 
 def _advance(
     state: _State, batch: _Batch, settings: _Settings, step: Tensor, known: _State | None = None
 ) -> None:
-    """Notes a batch in the state of the forward pass. `known`: the state to begin with."""
+    """Notes a batch in the state of the forward pass, unless it is not finite.
+
+    Args:
+        state: what is changed.
+        batch: what the forward pass found.
+        settings: of the layer.
+        step: the number of this batch.
+        known: the state to begin with, if not `state`.
+    """
     known = known or state
     dtype = batch.moment.dtype
-    running = known.running_var.to(dtype)
+    running, slots = known.running_var.to(dtype), known.buffer_x2.to(dtype)
     entry = torch.where(batch.outlier, running, batch.moment)
-    window = _put(known.buffer_x2.to(dtype), entry, step)
+    moved = settings.momentum * running + (1 - settings.momentum) * batch.v
     counted = known.skip_counter + batch.outlier.to(torch.int64)
-    state.buffer_x2.copy_(window)
-    state.running_var.copy_(settings.momentum * running + (1 - settings.momentum) * batch.v)
+    finite = batch.moment.isfinite().all()
+    state.buffer_x2.copy_(torch.where(finite, _put(slots, entry, step), slots))
+    state.running_var.copy_(torch.where(finite, moved, running))
     state.skip_counter.copy_(counted)
     state.iters.copy_(step)
 

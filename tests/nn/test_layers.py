@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from layers import LAYERS, MOVES_AT_TEST_TIME, assert_same, made, step
+from every_layer import LAYERS, MOVES_AT_TEST_TIME, assert_same, made, step
 from torch.utils.checkpoint import checkpoint
 
 import normfx.nn
@@ -189,3 +189,29 @@ def test_names():
         assert getattr(normfx.nn, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'Unknown'"):
         normfx.nn.Unknown  # noqa: B018
+
+
+@pytest.mark.parametrize("name", [n for n in CHANNELLED if "Binary" not in n])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_numbers_that_are_not_real(name, dtype):
+    layer, example, further = made(name)
+    for training in (True, False):
+        with pytest.raises(ValueError, match="expected a real floating-point input"):
+            layer.train(training)(example().to(dtype), *further)
+
+
+@pytest.mark.parametrize("name", ["UnifiedNorm", "PowerNorm"])
+@pytest.mark.parametrize("warm", [True, False])
+def test_what_overflowed_does_not_stay(name, warm):
+    layer, example, _ = made(name)
+    for _ in range(1 if warm else 6):
+        step(layer, layer, example(), ())
+    before = copy.deepcopy(layer.state_dict())
+    y = layer(example().requires_grad_())
+    y.backward(torch.full_like(y, torch.inf))  # what a loss scaler then skips
+    layer(example() * torch.nan).sum().backward()
+    for key in ("ema_gz", "buffer_gz"):
+        if key in before:
+            torch.testing.assert_close(layer.state_dict()[key], before[key])
+    assert all(buffer.isfinite().all() for buffer in layer.buffers())
+    assert all(value.isfinite().all() for value in step(layer, layer, example(), ()).values())
