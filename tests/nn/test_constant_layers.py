@@ -9,6 +9,7 @@ from graph_text import stages_of
 from torch import nn
 
 import normfx.nn as N
+from normfx import Refusal
 
 STATIC = {
     "UnifiedNorm": lambda: N.UnifiedNorm(8),
@@ -75,3 +76,47 @@ def test_a_block_trained_with_unified_norm_has_no_norm_left():
     assert texts["lower"].count("= mul(") == 1
     assert "norm" not in texts["lower"]
     assert_agrees(block, torch.randn(3, 5, 8))
+
+
+ONE_OPERATOR = {
+    "images, then a convolution": (
+        lambda: nn.Sequential(trained(N.UnifiedNorm(8, channel_dim=1)), nn.Conv2d(8, 4, 3)),
+        (2, 8, 5, 5),
+    ),
+    "after a linear": (lambda: nn.Sequential(nn.Linear(8, 8), trained(N.UnifiedNorm(8))), (3, 8)),
+    "after a convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1), trained(N.MaskedBatchNorm(8, channel_dim=1))
+        ),
+        (2, 8, 5, 5),
+    ),
+    "standardized convolution": (lambda: trained(N.StdConv2d(8, 4, 3, padding=1)), (2, 8, 5, 5)),
+    "scaled standardized convolution": (
+        lambda: trained(N.ScaledStdConv2d(8, 4, 3, gamma="relu")),
+        (2, 8, 5, 5),
+    ),
+    "scaled standardized linear": (lambda: trained(N.ScaledStdLinear(8, 4)), (3, 8)),
+    "centred linear": (lambda: trained(N.ZeroMeanOutputLinear(8, 4)), (3, 8)),
+    "companded linear": (lambda: N.compand(nn.Linear(8, 4), learned=True), (3, 8)),
+}
+
+
+@pytest.mark.parametrize("name", ONE_OPERATOR)
+def test_one_operator_is_left(name):
+    build, shape = ONE_OPERATOR[name]
+    model, x = build().eval(), torch.randn(shape)
+    with torch.no_grad():
+        texts, _ = stages_of(model, x)
+    called = [line.split(" = ")[1].split("(")[0] for line in texts["lower"].splitlines()[:-1]]
+    assert len([op for op in called if op != "to"]) == 1, texts["lower"]
+    assert_agrees(model, x)
+
+
+def test_a_shift_stays_in_front_of_zero_padding():
+    norm = trained(N.UnifiedNorm(8, channel_dim=1))
+    model = nn.Sequential(norm, nn.Conv2d(8, 4, 3, padding=1)).eval()
+    with torch.no_grad():
+        _, journal = stages_of(model, torch.randn(2, 8, 5, 5))
+    (site,) = journal.sites
+    assert site.records[-1].code is Refusal.PADDING
+    assert_agrees(model, torch.randn(2, 8, 5, 5))
