@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import normfx.nn as N
+from normfx.nn.standardized import GAMMA
 
 C = 6
 
@@ -191,3 +192,15 @@ def test_compander_bound():
     nn.init.zeros_(linear.weight)
     N.compand(linear)
     assert (linear.weight == 0).all()
+
+
+@pytest.mark.parametrize("name", GAMMA)
+def test_gamma_is_one_over_the_deviation_of_the_activation(name):
+    n = torch.linspace(-12, 12, 200_001).double()
+    density = torch.exp(-n.square() / 2) / math.sqrt(2 * math.pi)
+    functions = {"identity": lambda v: v, "log_sigmoid": F.logsigmoid, "sigmoid": torch.sigmoid}
+    value = functions.get(name, getattr(F, name, None))(n)
+    mean = torch.trapezoid(value * density, n)
+    deviation = (torch.trapezoid(value.square() * density, n) - mean.square()).sqrt()
+    # The table's numbers are timm's, which were drawn at random.
+    assert GAMMA[name] * deviation.item() == pytest.approx(1, rel=5e-3)
