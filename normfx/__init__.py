@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normfx import nn as nn
     from normfx.bake import Baked as Baked
     from normfx.bake import bake_ as bake_
     from normfx.errors import BakeError as BakeError
@@ -75,6 +76,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return importlib.import_module("normfx.nn")
     if name not in _HOMES:
         raise AttributeError(f"module 'normfx' has no attribute {name!r}")
     found = getattr(importlib.import_module(f"normfx.{_HOMES[name]}"), name)

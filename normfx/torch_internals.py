@@ -286,3 +286,8 @@ def size_hint(size: Any, unknown: int = 1) -> int:
         return size
     hint = size.node.hint
     return unknown if hint is None else int(hint)
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running a backward pass on this thread."""
+    return torch._C._current_graph_task_id() != -1
