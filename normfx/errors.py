@@ -13,3 +13,7 @@ class OptionError(NormfxError, ValueError):
 
 class StageError(NormfxError, RuntimeError):
     """A stage failed, under `strict`. Its cause is the exception that the stage raised."""
+
+
+class StatisticsError(NormfxError, ValueError):
+    """Calibrated statistics are of another model, incomplete, not finite, or no such file."""

@@ -10,6 +10,7 @@ from torch import fx
 
 from normfx.errors import StageError
 from normfx.options import Options
+from normfx.passes.calibrated import check_weights
 from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal
 from normfx.reports import Report
@@ -37,6 +38,7 @@ def explain(
 
     Raises:
         OptionError: an unknown option or a value of the wrong type.
+        StatisticsError: calibrated statistics do not fit the model.
     """
     parsed = Options.parse(options)
 
@@ -47,6 +49,7 @@ def explain(
         def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             journal = Journal()
             tracked = parsed.weights == "frozen" or weights_are_tracked(gm, example_inputs)
+            check_weights(gm, example_inputs, parsed)
             try:
                 rewrite(gm, parsed, journal, tracked=tracked)
             except StageError as error:

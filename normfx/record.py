@@ -47,6 +47,9 @@ class Refusal(enum.Enum):
     GATED = "gate-not-constant"
     OTHER_WIDTH = "other-width"
     DROPOUT = "active-dropout"
+    NOT_CHOSEN = "site-not-chosen"
+    NOT_PER_CHANNEL = "not-per-channel"
+    NOT_MEASURED = "site-not-measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +175,18 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.DROPOUT: Explanation(
         "Dropout between a writer and the norm leaves a mean that changes with every call.",
         "Call model.eval().",
+    ),
+    Refusal.NOT_CHOSEN: Explanation(
+        "The norm is not among those that its calibrated statistics may replace.",
+        "See the option `sites`.",
+    ),
+    Refusal.NOT_PER_CHANNEL: Explanation(
+        "The norm's statistics are not over one dim of channels (or all others): groups, a gate.",
+        "Nothing to do; the norm stays.",
+    ),
+    Refusal.NOT_MEASURED: Explanation(
+        "The statistics say why this norm could not be measured by itself.",
+        "See `Statistics.refused`.",
     ),
     Refusal.NOT_TRACKED: Explanation(
         "A parameter was made in inference mode, so changes to it cannot be noticed.",

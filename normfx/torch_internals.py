@@ -132,6 +132,15 @@ def is_module_state(node: fx.Node) -> bool:
     return guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module()
 
 
+def source_name(node: fx.Node) -> str:
+    """Where dynamo found an input: `L['self']._modules['norm']._parameters['weight']`, or ""."""
+    source: Any = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return name() if callable(name) else name  # a method before 2.13
+
+
 def copy_placeholder(new: fx.Node, old: fx.Node) -> None:
     """Gives a captured placeholder what dynamo knows of it: its source, that it is static."""
     for key, held in old.meta.items():
@@ -174,6 +183,15 @@ def compile_alone(model: Any, backend: Any, dynamic: bool | None) -> Any:
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
         settings = {}
     return torch.compile(model, backend=backend, dynamic=dynamic, **settings)
+
+
+@contextmanager
+def every_call_compiled() -> Iterator[None]:
+    """Makes dynamo raise where it would stop to compile, and run what it has not compiled."""
+    import torch._dynamo.config as config
+
+    with config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 def fakes_for_aot(values: Any) -> list[Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 # rule -> what it does, in the order the pipeline runs them
 RULES: dict[str, str] = {
+    "calibrated-norm": (
+        "a norm into the static affine map that its statistics over data give, if they are given"
+    ),
     "recentre": "a LayerNorm into an RMSNorm, by centring the constants that write its input",
     "fold-statistics-into-previous": (
         "a norm whose statistics are given into the linear operator or convolution before it"
