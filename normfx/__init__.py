@@ -12,9 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normfx.calibration.calibrate import calibrate as calibrate
+    from normfx.calibration.sensitivity import Sensitivity as Sensitivity
+    from normfx.calibration.sensitivity import sensitivity as sensitivity
+    from normfx.calibration.statistics import Statistics as Statistics
     from normfx.errors import NormfxError as NormfxError
     from normfx.errors import OptionError as OptionError
     from normfx.errors import StageError as StageError
+    from normfx.errors import StatisticsError as StatisticsError
     from normfx.explanation import explain as explain
     from normfx.live import refold as refold
     from normfx.options import Options as Options
@@ -27,9 +32,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "calibrate": "calibration.calibrate",
+    "Sensitivity": "calibration.sensitivity",
+    "sensitivity": "calibration.sensitivity",
+    "Statistics": "calibration.statistics",
     "NormfxError": "errors",
     "OptionError": "errors",
     "StageError": "errors",
+    "StatisticsError": "errors",
     "explain": "explanation",
     "refold": "live",
     "Options": "options",
@@ -46,13 +56,18 @@ __all__ = [
     "Options",
     "Refusal",
     "Report",
+    "Sensitivity",
     "Site",
     "StageError",
+    "Statistics",
+    "StatisticsError",
     "__version__",
+    "calibrate",
     "explain",
     "refold",
     "report",
     "reset",
+    "sensitivity",
 ]
 
 

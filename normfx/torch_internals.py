@@ -137,8 +137,8 @@ def source_name(node: fx.Node) -> str:
     source: Any = getattr(node, "_dynamo_source", None)
     if source is None:
         return ""
-    name = source.name
-    return name() if callable(name) else name  # a method before 2.13
+    name: Any = source.name
+    return str(name() if callable(name) else name)  # a method before 2.13
 
 
 def copy_placeholder(new: fx.Node, old: fx.Node) -> None:

@@ -41,7 +41,10 @@ def affine(form: Form, measured: Moments, second: Tensor | None, how: Affine) ->
         scale = form.scale * torch.rsqrt(measured.variance + eps)
         return scale, -scale * measured.mean
     if how == "unified":
-        scale = form.scale * torch.rsqrt((measured.second if second is None else second) + eps)
+        square = measured.second if second is None else second
+        if form.statistic == "sum-square":
+            square = square * form.channels
+        scale = form.scale * torch.rsqrt(square + eps)
         return scale, torch.zeros_like(scale)
     # a channel that never changed says nothing of its slope: that of all channels is taken
     usual = measured.cross.sum() / measured.square.sum().clamp_min(torch.finfo(torch.float64).tiny)

@@ -87,7 +87,7 @@ def calibrate(
     run = _Pass(model, options, mask, resume)
     interrupted = False
     try:
-        with _bar(progress, batches or _length(data)) as advance:
+        with bar(progress, batches or length_of(data)) as advance:
             for index, batch in enumerate(data):
                 if batches is not None and index >= batches:
                     break
@@ -147,7 +147,7 @@ class _Pass:
     def add(self, batch: Any) -> None:
         """Takes one batch in."""
         self._pending = {}
-        self._real = None if self._mask is None else _mask_of(self._mask, batch)
+        self._real = None if self._mask is None else mask_of(self._mask, batch)
         self._model(batch, self._see)
         count, sites = self._done
         added = {name: self._together(sites.get(name), new) for name, new in self._pending.items()}
@@ -182,7 +182,7 @@ class _Pass:
             state = fresh(window, new.moments.mean) if known is None else _on(known, device)
             filtration = self._options["filtration"]
             measured = new.moments
-            state = smoothed(state, measured.second, measured.count, filtration=filtration)
+            state = smoothed(state, measured.second, measured.rows, filtration=filtration)
         if old is None:
             return SiteStatistics(new.form, new.moments, new.bytes, state)
         if old.form != new.form:
@@ -262,7 +262,8 @@ def _check_found(model: Watched, sites: Any, patterns: Any, count: int) -> None:
         raise StatisticsError("the model has no norm that could be measured.")
 
 
-def _mask_of(mask: Mask, batch: Any) -> Tensor:
+def mask_of(mask: Mask, batch: Any) -> Tensor:
+    """The mask of a batch, (batch, tokens)."""
     if isinstance(mask, str):
         if not isinstance(batch, Mapping) or mask not in batch:
             raise StatisticsError(f"mask: the batch has no key {mask!r}.")
@@ -283,7 +284,8 @@ def _on(held: Any, device: torch.device | str) -> Any:
     return type(held)(*(tensor.to(device) for tensor in held))
 
 
-def _length(data: Any) -> int | None:
+def length_of(data: Any) -> int | None:
+    """How many batches there are, where the data can say."""
     try:
         return len(data)
     except TypeError:
@@ -291,7 +293,7 @@ def _length(data: Any) -> int | None:
 
 
 @contextmanager
-def _bar(show: bool, total: int | None, what: str = "calibrate") -> Iterator[Callable[[], None]]:
+def bar(show: bool, total: int | None, what: str = "calibrate") -> Iterator[Callable[[], None]]:
     """A progress bar on stderr, where that is a terminal; yields what counts one step."""
     from rich.console import Console
     from rich.progress import Progress

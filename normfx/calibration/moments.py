@@ -21,11 +21,11 @@ from torch import Tensor
 class Moments(NamedTuple):
     """Of numbers x and y, both (rows, channels), over the rows.
 
-    Shapes: count (); all others (channels,).
+    Shapes: rows (); all others (channels,).
     Dtypes: float64.
 
     Attributes:
-        count: the number of rows.
+        rows: how many.
         mean: of x.
         square: sum (x - mean)^2.
         out_mean: of y.
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
         cross: sum (x - mean) (y - out_mean).
     """
 
-    count: Tensor
+    rows: Tensor
     mean: Tensor
     square: Tensor
     out_mean: Tensor
@@ -43,7 +43,7 @@ class Moments(NamedTuple):
     @property
     def variance(self) -> Tensor:
         """Of x, biased."""
-        return self.square / self.count.clamp_min(1)
+        return self.square / self.rows.clamp_min(1)
 
     @property
     def second(self) -> Tensor:
@@ -84,10 +84,10 @@ def moments(x: Tensor, y: Tensor, keep: Tensor | None = None) -> Moments:
 
 def merged(a: Moments, b: Moments) -> Moments:
     """The moments of the rows of both."""
-    count = a.count + b.count
-    share = b.count / count.clamp_min(1)
+    count = a.rows + b.rows
+    share = b.rows / count.clamp_min(1)
     d, out_d = b.mean - a.mean, b.out_mean - a.out_mean
-    between = a.count * share
+    between = a.rows * share
     return Moments(
         count,
         a.mean + d * share,

@@ -26,6 +26,9 @@ from normfx.pipeline import wants_grad
 from normfx.record import REFUSALS, Journal
 from normfx.torch_internals import compile_alone, copy_placeholder, every_call_compiled
 
+# How many choices of sites have a graph of their own at a time.
+AT_ONCE = 16
+
 Model: TypeAlias = Callable[..., Any]
 See: TypeAlias = Callable[[str, Form, Tensor, Tensor], None]
 
@@ -194,7 +197,8 @@ class Replaced:
         def call(*args: Any) -> Any:
             key = (self.options.statistics, self.options.sites)
             if key not in made:
-                made.clear()  # one at a time: there are as many as choices of sites
+                if len(made) == AT_ONCE:
+                    made.clear()
                 made[key] = _copied(module)
                 calibrated(made[key], self.options, in_body=False)
                 made[key].recompile()

@@ -68,9 +68,7 @@ def smoothed(state: Smoothed, second: Tensor, count: Tensor, *, filtration: bool
         outlier = full & (window.mean(0) - geometric > length * spread).any()
     window = torch.where(outlier & here, state.running, window)
     value = torch.where(full & ~outlier, geometric, second)
-    running = torch.where(
-        batches > 1, MOMENTUM * state.running + (1 - MOMENTUM) * value, value
-    )
+    running = torch.where(batches > 1, MOMENTUM * state.running + (1 - MOMENTUM) * value, value)
     after = Smoothed(batches, state.skipped + outlier, window, running)
     seen = count > 0
     return Smoothed(*(torch.where(seen, new, old) for new, old in zip(after, state, strict=True)))

@@ -1,6 +1,6 @@
 """Statistics: what a calibration measured, which model it is of, and its file.
 
-The file is safetensors: float64 tensors `SITE/count`, `SITE/mean`, ..., and one entry of metadata,
+The file is safetensors: float64 tensors `SITE/rows`, `SITE/mean`, ..., and one entry of metadata,
 JSON with everything else. It is written beside its place and then renamed, so a reader never sees
 half of one.
 """
@@ -99,9 +99,7 @@ class Statistics:
     def __hash__(self) -> int:
         return hash(self.digest)
 
-    def using(
-        self, sites: Iterable[str] | None = None, form: Affine | None = None
-    ) -> Statistics:
+    def using(self, sites: Iterable[str] | None = None, form: Affine | None = None) -> Statistics:
         """The same numbers with a choice of sites (names or patterns), or with another form.
 
         Raises:
@@ -212,7 +210,7 @@ class Statistics:
                     raise StatisticsError(
                         f"{path}: a safetensors file, but not one of normfx.Statistics."
                     )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
             about = json.loads(header)
             if about["version"] > VERSION:
                 raise StatisticsError(
@@ -237,7 +235,7 @@ class Statistics:
         state = "complete" if self.complete else "interrupted"
         lines = [f"{len(self.sites)} sites over {self.batches} batches ({state})"]
         for name, site in self.sites.items():
-            rows = int(site.moments.count.item())
+            rows = int(site.moments.rows.item())
             share = explained(site.moments)
             lines.append(f"  {name}: {site.form}, {rows} rows, {share:.2%} explained")
         lines += [f"  {name}: not measured: {reason}" for name, reason in self.refused.items()]
@@ -287,7 +285,7 @@ def _parsed(about: dict[str, Any], tensors: dict[str, Tensor]) -> Statistics:
 
 def _checked(tensors: dict[str, Tensor], name: str, key: str, form: Form) -> Tensor:
     held = tensors[f"{name}/{key}"]
-    expected = () if key.split(".")[-1] in ("count", "batches", "skipped") else (form.channels,)
+    expected = () if key.split(".")[-1] in ("rows", "batches", "skipped") else (form.channels,)
     if tuple(held.shape[-1:]) != expected or held.dtype != torch.float64:
         raise ValueError(
             f"{name}/{key}: {held.dtype}{list(held.shape)}, expected float64 of {form.channels}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from normfx import graph as g
-from normfx.calibration.sites import Form, form_of, named_norms, state_of
+from normfx.calibration.sites import form_of, named_norms, state_of
 from normfx.calibration.statistics import SiteStatistics, Statistics, digest_of
 from normfx.errors import StatisticsError
 from normfx.options import Options
@@ -104,7 +104,7 @@ def _check(
 
 
 def _check_numbers(name: str, measured: SiteStatistics, statistics: Statistics) -> None:
-    if measured.moments.count.item() <= 0:
+    if measured.moments.rows.item() <= 0:
         raise StatisticsError(f"site {name!r}: the statistics are of no rows. {_HINT}")
     bad = {
         key: int((~held.isfinite()).sum())
@@ -168,7 +168,11 @@ def _replace(gm: fx.GraphModule, node: fx.Node, channel: int, scale: Tensor, shi
             summand = emit(aten.add.Tensor, summand, _wide(emit, bias, s, rank))
         shape = torch.broadcast_shapes(
             (scale.shape[0], *trailing),
-            *(_aligned_shape(operand, s, rank) for operand in (weight, bias) if operand is not None),
+            *(
+                _aligned_shape(operand, s, rank)
+                for operand in (weight, bias)
+                if operand is not None
+            ),
         )
         held: Any = g.tensor(x)
         with g.fake_mode(node), torch.no_grad():
