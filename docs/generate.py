@@ -113,8 +113,12 @@ def rules_page() -> str:
 def refusing_stages() -> dict[str, set[str]]:
     """The stages whose files name a refusal, by the member's name."""
     found: dict[str, set[str]] = {}
-    for path in (PACKAGE / "pipeline.py", *sorted((PACKAGE / "passes").rglob("*.py"))):
+    folders = (PACKAGE / "passes", PACKAGE / "calibration")
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    for path in (PACKAGE / "pipeline.py", *files):
         stage = "recognise" if path.stem in RECOGNITION else path.stem
+        if path.parent.name == "calibration":  # what the rule asks of a site
+            stage = "calibrated"
         if stage == "pipeline":  # the reasons why a whole graph is not folded
             stage = "fold"
         for name in re.findall(r"\bRefusal\.([A-Z_]+)\b", path.read_text(encoding="utf-8")):

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import fx
 
-from normfx.errors import StageError
+from normfx.errors import StageError, StatisticsError
 from normfx.options import Options
 from normfx.passes.calibrated import check_weights
 from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal
 from normfx.reports import Report
-from normfx.torch_internals import compile_alone
+from normfx.torch_internals import compile_alone, unwrapped
 
 
 def explain(
@@ -61,7 +61,8 @@ def explain(
                 journals.append(journal)
             return gm
 
-        compile_alone(model, collect, dynamic)(*args, **kwargs)
+        with unwrapped(StatisticsError):
+            compile_alone(model, collect, dynamic)(*args, **kwargs)
         return Report(tuple(journals))
 
     return explained

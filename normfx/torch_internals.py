@@ -186,6 +186,19 @@ def compile_alone(model: Any, backend: Any, dynamic: bool | None) -> Any:
 
 
 @contextmanager
+def unwrapped(*ours: type[Exception]) -> Iterator[None]:
+    """Raises exceptions of these types as they are, without what dynamo wraps a backend's in."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, ours):
+            raise error.inner_exception from None
+        raise
+
+
+@contextmanager
 def every_call_compiled() -> Iterator[None]:
     """Makes dynamo raise where it would stop to compile, and run what it has not compiled."""
     import torch._dynamo.config as config

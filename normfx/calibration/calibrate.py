@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normfx.calibration.affine import Affine
 from normfx.calibration.moments import merged, moments
@@ -199,8 +199,7 @@ class _Pass:
         state = {name: tuple(sorted(looks)) for name, looks in sorted(model.state.items())}
         digests = {}
         if weights:
-            parameters = {k: t for k, t in model.tensors.items() if isinstance(t, nn.Parameter)}
-            digests = {name: digest_of(tensor) for name, tensor in sorted(parameters.items())}
+            digests = {name: digest_of(tensor) for name, tensor in sorted(model.tensors.items())}
         if resume is not None:
             _check_same(resume, state, digests)
             state, digests = {**resume.state, **state}, {**resume.weights, **digests}
@@ -243,7 +242,7 @@ def _check_same(
     before: Statistics, state: Mapping[str, tuple[str, ...]], digests: Mapping[str, str]
 ) -> None:
     for old, new in ((before.state, state), (before.weights, digests)):
-        for name in old.keys() & new.keys():
+        for name in sorted(old.keys() & new.keys()):
             if old[name] != new[name]:
                 raise StatisticsError(
                     f"cannot resume: the statistics are of another model: {name!r} is {old[name]} "

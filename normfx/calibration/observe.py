@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from normfx import graph as g
 from normfx.calibration.sites import Form, form_of, named_norms, state_of
 from normfx.capture import capture
+from normfx.errors import NormfxError
 from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.calibrated import calibrated
@@ -24,7 +25,12 @@ from normfx.passes.recognise import recognise
 from normfx.passes.verdict import Refused
 from normfx.pipeline import wants_grad
 from normfx.record import REFUSALS, Journal
-from normfx.torch_internals import compile_alone, copy_placeholder, every_call_compiled
+from normfx.torch_internals import (
+    compile_alone,
+    copy_placeholder,
+    every_call_compiled,
+    unwrapped,
+)
 
 # How many choices of sites have a graph of their own at a time.
 AT_ONCE = 16
@@ -67,7 +73,7 @@ class Watched:
     Attributes:
         forms: what the norms are, by name.
         refused: the norms that cannot be measured by themselves, and why.
-        state: the parameters and buffers of all graphs: name to looks.
+        state: the parameters of all graphs: name to looks.
         tensors: these themselves.
     """
 
@@ -91,7 +97,7 @@ class Watched:
             see: called with name, form, input and value (before weight and bias) of each norm.
         """
         self._see = see
-        with torch.no_grad(), every_call_compiled():
+        with torch.no_grad(), every_call_compiled(), unwrapped(NormfxError):
             return invoke(self._call, batch)
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Model:
@@ -187,7 +193,7 @@ class Replaced:
 
     def __call__(self, batch: Any) -> Any:
         """Runs one batch without gradients."""
-        with torch.no_grad(), every_call_compiled():
+        with torch.no_grad(), every_call_compiled(), unwrapped(NormfxError):
             return invoke(self._call, batch)
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Model:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
-from torch import fx
+from torch import fx, nn
 
 from normfx import graph as g
 from normfx.layout import plain
@@ -105,12 +105,12 @@ def _channel(dims: tuple[int, ...], rank: int) -> int | None:
 
 
 def state_of(graph: fx.Graph) -> dict[str, tuple[int, str]]:
-    """The parameters and buffers a graph reads: name to (position among the inputs, what it is)."""
+    """The parameters that a graph reads: name to (position among the inputs, what it is)."""
     found = {}
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
         held = g.tensor(node)
         name = g.clean_path(source_name(node)) if is_module_state(node) else ""
-        if held is not None and name:
+        if isinstance(held, nn.Parameter) and name:
             shape = "x".join(str(size) for size in held.shape)
             found[name] = position, f"{str(held.dtype).removeprefix('torch.')}[{shape}]"
     return found

@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Statistics:
 
     Attributes:
         sites: name to what was measured.
-        state: the parameters and buffers of the model: name to "dtype[shape]", more than one where
+        state: the parameters of the model: name to "dtype[shape]", more than one where
             several modules share a name.
         refused: norms that no static norm can stand for: name to the reason.
         batches: how many were seen.
@@ -269,6 +269,8 @@ def _parsed(about: dict[str, Any], tensors: dict[str, Tensor]) -> Statistics:
             state = Smoothed(*(_checked(tensors, name, key, form) for key in keys))
         sites[name] = SiteStatistics(form, found, int(described["bytes"]), state)
     chosen = about["chosen"]
+    if about["form"] not in get_args(Affine):
+        raise ValueError(f"form {about['form']!r}")
     return Statistics(
         sites,
         {name: tuple(looks) for name, looks in about["state"].items()},
@@ -305,7 +307,7 @@ def _merged(a: Statistics, b: Statistics) -> Statistics:
             "in one process, or without a window."
         )
     for table, others, what in ((a.state, b.state, "parameter"), (a.weights, b.weights, "values")):
-        for name in table.keys() & others.keys():
+        for name in sorted(table.keys() & others.keys()):
             if table[name] != others[name]:
                 raise StatisticsError(
                     f"cannot merge statistics of different models: {what} of {name!r} is "

@@ -176,9 +176,10 @@ def _replace(gm: fx.GraphModule, node: fx.Node, channel: int, scale: Tensor, shi
         )
         held: Any = g.tensor(x)
         with g.fake_mode(node), torch.no_grad():
-            like = torch.empty(shape, dtype=s.stats_dtype, device=held.device)
-        factor = emit(aten.to.dtype, factor, s.stats_dtype, like=like)
-        summand = emit(aten.to.dtype, summand, s.stats_dtype, like=like)
+            # one value each: two inputs of a trace that are one tensor would be one input
+            likes = [torch.empty(shape, dtype=s.stats_dtype, device=held.device) for _ in made]
+        factor = emit(aten.to.dtype, factor, s.stats_dtype, like=likes[0])
+        summand = emit(aten.to.dtype, summand, s.stats_dtype, like=likes[1])
     node.args = (x, factor, summand, None, None, None, None)
     static = s._replace(
         dims=(),
