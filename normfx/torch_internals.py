@@ -232,9 +232,19 @@ def inductor_settings(
 
 
 def compile_with_inductor(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any]) -> Any:
-    """Inductor's callable for a graph."""
+    """Inductor's callable for a graph.
+
+    AOTAutograd asks for the source of every buffer of a graph that is dynamo's. Constants that the
+    capture or a rule put there have none.
+    """
+    from torch._dynamo.source import ConstantSource
     from torch._inductor.compile_fx import compile_fx
 
+    sources: Any = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        held = dict(gm.named_parameters()) | dict(gm.named_buffers())
+        made = {name: ConstantSource(name) for name in held if name not in sources}
+        gm._param_name_to_source = {**sources, **made}  # pyright: ignore
     return compile_fx(gm, inputs, config_patches=settings)
 
 

@@ -29,6 +29,7 @@ aten = torch.ops.aten
 
 RULE = "calibrated-norm"
 
+_PREFIX = "normfx_calibrated_"
 _HINT = "Calibrate this model with normfx.calibrate."
 
 
@@ -198,8 +199,8 @@ def _replace(gm: fx.GraphModule, node: fx.Node, channel: int, scale: Tensor, shi
 
 def _constant(gm: fx.GraphModule, node: fx.Node, held: Tensor) -> fx.Node:
     """A float64 tensor as a constant of the graph, on the device of the norm."""
-    count = sum(name.startswith("normfx_calibrated_") for name, _ in gm.named_buffers())
-    name = f"normfx_calibrated_{count}"
+    count = sum(name.startswith(_PREFIX) for name, _ in gm.named_buffers())
+    name = f"{_PREFIX}{count}"
     held = held.to(g.value(node).device)
     gm.register_buffer(name, held)
     made = gm.graph.get_attr(name)

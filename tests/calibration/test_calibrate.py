@@ -324,11 +324,11 @@ def test_memory_does_not_grow_with_the_data():
         for index in range(60):
             if index in (9, 59):
                 gc.collect()
-                alive[index] = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+                alive[index] = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
             yield torch.randn(2, 4, 8)
 
     calibrate(model, stream())
-    assert alive[59] == alive[9]
+    assert alive[59] <= alive[9]
 
 
 def test_window_options():
