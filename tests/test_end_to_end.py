@@ -76,3 +76,20 @@ def test_weights_are_live_through_inductor():
             for parameter in model.parameters():
                 parameter.mul_(1.1)
     assert len(normfx.report().graphs) == 1
+
+
+class WithConstant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+def test_a_constant_of_the_code_is_no_parameter_of_dynamo():
+    """AOTAutograd asks where the buffers of dynamo's graphs come from; a constant has no source."""
+    model, x = WithConstant(), torch.randn(3, 4)
+    with torch.no_grad():
+        got = torch.compile(model, backend="normfx", options={"strict": True})(x)
+        assert_within_contract(got, model(x), copy.deepcopy(model).double()(x.double()))
