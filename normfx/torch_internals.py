@@ -199,12 +199,16 @@ def unwrapped(*ours: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def every_call_compiled() -> Iterator[None]:
-    """Makes dynamo raise where it would stop to compile, and run what it has not compiled."""
+def every_call_compiled(otherwise: Exception) -> Iterator[None]:
+    """Raises an exception where dynamo would stop to compile, and run the code as it is."""
     import torch._dynamo.config as config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    with config.patch(fail_on_recompile_limit_hit=True):
-        yield
+    try:
+        with config.patch(fail_on_recompile_limit_hit=True):
+            yield
+    except FailOnRecompileLimitHit as error:
+        raise otherwise from error
 
 
 def fakes_for_aot(values: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from normfx import graph as g
 from normfx.calibration.sites import Form, form_of, named_norms, state_of
 from normfx.capture import capture
-from normfx.errors import NormfxError
+from normfx.errors import NormfxError, StatisticsError
 from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.calibrated import calibrated
@@ -44,6 +44,16 @@ def invoke(model: Model, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _run(call: Model, batch: Any) -> Any:
+    """One call of a compiled model, without gradients."""
+    too_often = StatisticsError(
+        "dynamo compiled the model too often and stopped, so its norms cannot be followed. "
+        'TORCH_LOGS="recompiles" says what changes from call to call.'
+    )
+    with torch.no_grad(), every_call_compiled(too_often), unwrapped(NormfxError):
+        return invoke(call, batch)
 
 
 @dataclass(slots=True, eq=False)
@@ -97,8 +107,7 @@ class Watched:
             see: called with name, form, input and value (before weight and bias) of each norm.
         """
         self._see = see
-        with torch.no_grad(), every_call_compiled(), unwrapped(NormfxError):
-            return invoke(self._call, batch)
+        return _run(self._call, batch)
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Model:
         module = recognised(gm)
@@ -193,8 +202,7 @@ class Replaced:
 
     def __call__(self, batch: Any) -> Any:
         """Runs one batch without gradients."""
-        with torch.no_grad(), every_call_compiled(), unwrapped(NormfxError):
-            return invoke(self._call, batch)
+        return _run(self._call, batch)
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Model:
         module = recognised(gm)

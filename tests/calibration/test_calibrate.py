@@ -153,6 +153,32 @@ def test_a_module_in_two_graphs_is_measured():
     )
 
 
+def test_a_model_that_dynamo_gives_up_is_refused():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.calls = nn.LayerNorm(8), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.norm(x) * self.calls
+
+    with pytest.raises(StatisticsError, match="compiled the model too often"):
+        calibrate(Counts(), batches(20))
+
+
+def test_a_module_that_is_called_twice_is_two_sites():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.norm(self.linear(self.norm(x)))
+
+    assert list(calibrate(Twice(), batches(2)).sites) == ["norm", "norm#1"]
+
+
 def test_batchnorm_in_training_is_measured_and_updated_once():
     model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8))
     twin = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8))
