@@ -23,6 +23,7 @@ from torch import Tensor
 
 from normfx.calibration.moments import Moments
 from normfx.calibration.sites import Form
+from normfx.errors import StatisticsError
 
 Affine = Literal["fitted", "unified"]
 
@@ -36,21 +37,31 @@ def affine(form: Form, measured: Moments, second: Tensor | None, how: Affine) ->
         second: a smoothed second moment in place of the exact one, or None.
         how: which affine map.
     """
-    eps = form.eps or 0.0
-    if form.over_batch and form.statistic in ("variance", "batch") and form.eps_place == "inside":
-        scale = form.scale * torch.rsqrt(measured.variance + eps)
+    if form.over_batch and form.statistic in ("variance", "batch") and form.eps is not None:
+        scale = form.scale / _root(measured.variance, form, form.eps)
         return scale, -scale * measured.mean
     if how == "unified":
         square = measured.second if second is None else second
         if form.statistic == "sum-square":
             square = square * form.channels
-        scale = form.scale * torch.rsqrt(square + eps)
+        if form.eps is None:
+            raise StatisticsError(f"the form 'unified' needs the eps of {form}: it is a tensor.")
+        scale = form.scale / _root(square, form, form.eps)
         return scale, torch.zeros_like(scale)
     # a channel that never changed says nothing of its slope: that of all channels is taken
     usual = measured.cross.sum() / measured.square.sum().clamp_min(torch.finfo(torch.float64).tiny)
     moves = measured.square > 0
     scale = torch.where(moves, measured.cross / torch.where(moves, measured.square, 1.0), usual)
     return scale, measured.out_mean - scale * measured.mean
+
+
+def _root(square: Tensor, form: Form, eps: float) -> Tensor:
+    """The root that a norm divides by, with eps at its place."""
+    if form.eps_place == "outside":
+        return square.sqrt() + eps
+    if form.eps_place == "floor":
+        return square.sqrt().clamp_min(eps)
+    return (square.clamp_min(eps) if form.eps_place == "floor-inside" else square + eps).sqrt()
 
 
 def explained(measured: Moments) -> float:

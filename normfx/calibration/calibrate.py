@@ -56,9 +56,10 @@ def calibrate(
             anything else its only argument.
         sites: names or patterns (`layers.*.norm`) of the norms to measure; None: all.
         batches: stop after that many.
-        budget: choose the sites that may be replaced at this damage together; see
-            `Sensitivity.choose`. The data is then read more than once, so it must be no iterator.
-        loss: of the model's result and the batch, for the choice.
+        budget: choose the sites that may be replaced at this damage together: 1 - cosine, or with
+            a loss its change; see `Sensitivity.choose`. The data is then read more than once, so it
+            must be no iterator.
+        loss: of the model's result and the batch.
         progress: show a progress bar, where stderr is a terminal.
         mask: which tokens are real: a key of the batch (`attention_mask`), or a function of the
             batch; (batch, tokens), zero for padding.
@@ -113,7 +114,7 @@ def calibrate(
         measured = sensitivity(
             model, data, result, loss=loss, batches=batches, mask=mask, progress=progress
         )
-        result = result.using(measured.choose(budget).sites)
+        result = result.using(measured.choose(budget, "cosine" if loss is None else "loss").sites)
         if path is not None:
             result.save(path)
     return result

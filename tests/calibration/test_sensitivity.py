@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from calibrated_models import NAMES, batches, net
+from models import roughened
 from torch import nn
 
 import normfx
@@ -76,6 +77,9 @@ def test_a_budget_chooses_while_calibrating(tmp_path):
     choice = sensitivity(model, data, calibrate(model, data)).choose(0.05)
     assert statistics.chosen == choice.sites
     assert normfx.Statistics.load(path) == statistics
+    by_loss = calibrate(model, data, budget=0.05, loss=loss)
+    found = sensitivity(model, data, calibrate(model, data), loss=loss)
+    assert by_loss.chosen == found.choose(0.05, "loss").sites
     with pytest.raises(StatisticsError, match="no iterator"):
         calibrate(model, iter(data), budget=0.05)
     with pytest.raises(StatisticsError, match="no iterator"):
@@ -124,3 +128,55 @@ def test_the_plot(ending, tmp_path):
     path = tmp_path / f"plot.{ending}"
     sensitivity(model, data, calibrate(model, data)).plot(path)
     assert path.stat().st_size > 1000
+
+
+class Encoder(nn.Module):
+    """A sentence encoder as MiniLM is one, small and untrained."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers import BertConfig, BertModel
+
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        config = BertConfig(vocab_size=99, num_attention_heads=2, **sizes)
+        self.bert = roughened(BertModel(config, add_pooling_layer=False))
+
+    def forward(self, input_ids, attention_mask):
+        states = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def test_an_encoder_with_chosen_sites_keeps_its_budget():
+    generator = torch.Generator().manual_seed(0)
+    model, data = Encoder().eval(), []
+    for tokens in (9, 12, 7):
+        mask = torch.ones(6, tokens, dtype=torch.long)
+        for row in range(6):
+            mask[row, 2 + row :] = 0
+        ids = torch.randint(99, (6, tokens), generator=generator)
+        data.append({"input_ids": ids, "attention_mask": mask})
+    statistics = calibrate(model, data, mask="attention_mask")
+    assert len(statistics.sites) == 6
+    real = sum(int(batch["attention_mask"].sum()) for batch in data)
+    assert statistics.sites["bert.embeddings.LayerNorm"].moments.rows.item() == real
+    found = sensitivity(model, data, statistics)
+    counts = []
+    for budget in (0.0, 1e-3, 1e-2, 1.0):
+        choice = found.choose(budget)
+        counts.append(len(choice.sites))
+        options = {
+            "statistics": statistics.using(choice.sites),
+            "lowering": "eager",
+            "strict": True,
+        }
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="normfx", options=options)
+        with torch.no_grad():
+            pairs = [(fast(**batch), model(**batch)) for batch in data]
+        cosine = torch.cat([torch.cosine_similarity(a, b) for a, b in pairs]).double().mean().item()
+        ulp = 64 * torch.finfo(torch.float32).eps
+        assert abs(cosine - choice.damage.cosine) <= ulp
+        assert 1 - cosine <= budget + ulp
+    assert counts == sorted(counts)
+    assert counts[-1] == 6
