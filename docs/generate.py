@@ -113,11 +113,14 @@ def rules_page() -> str:
 def refusing_stages() -> dict[str, set[str]]:
     """The stages whose files name a refusal, by the member's name."""
     found: dict[str, set[str]] = {}
-    passes = sorted((PACKAGE / "passes").rglob("*.py"))
-    for path in (PACKAGE / "pipeline.py", PACKAGE / "bake" / "plan.py", *passes):
+    folders = (PACKAGE / "passes", PACKAGE / "calibration")
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    for path in (PACKAGE / "pipeline.py", PACKAGE / "bake" / "plan.py", *files):
         stage = "recognise" if path.stem in RECOGNITION else path.stem
         if path.parent.name == "bake":
             stage = "bake"
+        if path.parent.name == "calibration":  # what the rule asks of a site
+            stage = "calibrated"
         if stage in ("pipeline", "verdict"):  # the reasons of all rules
             stage = "fold"
         for name in re.findall(r"\bRefusal\.([A-Z_]+)\b", path.read_text(encoding="utf-8")):

@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from normfx import nn as nn
     from normfx.bake import Baked as Baked
     from normfx.bake import bake_ as bake_
+    from normfx.calibration.calibrate import calibrate as calibrate
+    from normfx.calibration.sensitivity import Sensitivity as Sensitivity
+    from normfx.calibration.sensitivity import sensitivity as sensitivity
+    from normfx.calibration.statistics import Statistics as Statistics
     from normfx.errors import BakeError as BakeError
     from normfx.errors import NormfxError as NormfxError
     from normfx.errors import OptionError as OptionError
     from normfx.errors import StageError as StageError
+    from normfx.errors import StatisticsError as StatisticsError
     from normfx.explanation import explain as explain
     from normfx.live import refold as refold
     from normfx.options import Options as Options
@@ -37,9 +42,14 @@ _HOMES = {
     "Baked": "bake",
     "bake_": "bake",
     "BakeError": "errors",
+    "calibrate": "calibration.calibrate",
+    "Sensitivity": "calibration.sensitivity",
+    "sensitivity": "calibration.sensitivity",
+    "Statistics": "calibration.statistics",
     "NormfxError": "errors",
     "OptionError": "errors",
     "StageError": "errors",
+    "StatisticsError": "errors",
     "explain": "explanation",
     "refold": "live",
     "Options": "options",
@@ -63,15 +73,20 @@ __all__ = [
     "Refusal",
     "Report",
     "ScaleInvariance",
+    "Sensitivity",
     "Site",
     "StageError",
+    "Statistics",
+    "StatisticsError",
     "__version__",
     "bake_",
+    "calibrate",
     "explain",
     "refold",
     "report",
     "reset",
     "scale_invariant_parameters",
+    "sensitivity",
 ]
 
 

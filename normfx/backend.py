@@ -16,6 +16,7 @@ from torch import fx
 from normfx.errors import StageError
 from normfx.live import LiveWeights
 from normfx.options import Options
+from normfx.passes.calibrated import check_weights
 from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal
 from normfx.reports import REPORTS, payload
@@ -52,6 +53,7 @@ def normfx(
     Raises:
         OptionError: an unknown option or a value of the wrong type.
         StageError: a stage failed and `strict` is set.
+        StatisticsError: calibrated statistics do not fit the graph, whether `strict` is set or not.
     """
     parsed = Options.parse(options)
     settings = inductor_settings(mode, dict(parsed.inductor))
@@ -85,6 +87,7 @@ def _compile(
     journal: Journal,
 ) -> Callable[..., Any]:
     frozen = options.weights == "frozen"
+    check_weights(gm, example_inputs, options)
     tracked = frozen or weights_are_tracked(gm, example_inputs)
     rewritten = rewrite(gm, options, journal, tracked=tracked, inputs=example_inputs)
     hoisted = rewritten.hoisted

@@ -17,3 +17,7 @@ class BakeError(NormfxError, RuntimeError):
 
 class StageError(NormfxError, RuntimeError):
     """A stage failed, under `strict`. Its cause is the exception that the stage raised."""
+
+
+class StatisticsError(NormfxError, ValueError):
+    """Calibrated statistics are of another model, incomplete, not finite, or no such file."""

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import fx
 
-from normfx.errors import StageError
+from normfx.errors import StageError, StatisticsError
 from normfx.options import Options
+from normfx.passes.calibrated import check_weights
 from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal
 from normfx.reports import Report
-from normfx.torch_internals import compile_alone
+from normfx.torch_internals import compile_alone, unwrapped
 
 
 def explain(
@@ -37,6 +38,7 @@ def explain(
 
     Raises:
         OptionError: an unknown option or a value of the wrong type.
+        StatisticsError: calibrated statistics do not fit the model.
     """
     parsed = Options.parse(options)
 
@@ -47,6 +49,7 @@ def explain(
         def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             journal = Journal()
             tracked = parsed.weights == "frozen" or weights_are_tracked(gm, example_inputs)
+            check_weights(gm, example_inputs, parsed)
             try:
                 rewrite(gm, parsed, journal, tracked=tracked, inputs=example_inputs)
             except StageError as error:
@@ -58,7 +61,8 @@ def explain(
                 journals.append(journal)
             return gm
 
-        compile_alone(model, collect, dynamic)(*args, **kwargs)
+        with unwrapped(StatisticsError):
+            compile_alone(model, collect, dynamic)(*args, **kwargs)
         return Report(tuple(journals))
 
     return explained

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+from normfx.calibration.statistics import Statistics
 from normfx.errors import OptionError
 
 Lowering = Literal["inductor", "eager"]
@@ -24,6 +26,10 @@ class Options:
         weights: "live" follows every update of a folded weight; "frozen" folds once and skips the
             check per call.
         rules: names of the exact rules that may run; None: all that are on by default.
+        statistics: a `Statistics` of `normfx.calibrate`, or the path of its file: norms become the
+            static maps that it gives (CALIBRATED).
+        sites: names or patterns of the norms that become static; None: those that the statistics
+            choose, or all.
         inductor: Inductor's own options, passed on as they are.
     """
 
@@ -31,6 +37,8 @@ class Options:
     lowering: Lowering = "inductor"
     weights: Weights = "live"
     rules: tuple[str, ...] | None = None
+    statistics: Statistics | None = None
+    sites: tuple[str, ...] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -43,6 +51,8 @@ class Options:
         Raises:
             OptionError: a name is unknown (the nearest known one is named), or a value is not of
                 its type.
+            StatisticsError: the file of statistics is none, or lacks one of the sites.
+            OSError: it cannot be read.
         """
         known = {f.name for f in fields(cls)}
         hints = get_type_hints(cls)
@@ -51,7 +61,12 @@ class Options:
             if name not in known:
                 raise OptionError(_unknown("option", name, known))
             values[name] = _checked(name, value, hints[name])
-        return cls(**values)
+        parsed = cls(**values)
+        if parsed.sites is not None and parsed.statistics is None:
+            raise OptionError("option 'sites' needs the option 'statistics': see normfx.calibrate.")
+        if parsed.statistics is not None:
+            parsed.statistics.resolve(parsed.sites)  # raises for a site that it does not have
+        return parsed
 
     def allows(self, rule: str) -> bool:
         """Whether an exact rule may run."""
@@ -65,6 +80,10 @@ class Options:
 def _checked(name: str, value: Any, hint: Any) -> Any:
     if name == "rules":
         return _checked_rules(value)
+    if name == "statistics":
+        return _checked_statistics(value)
+    if name == "sites":
+        return None if value is None else _strings(name, value, "site names")
     choices = get_args(hint)
     if choices and all(isinstance(c, str) for c in choices):
         if value not in choices:
@@ -84,15 +103,30 @@ def _checked_rules(value: Any) -> tuple[str, ...] | None:
 
     if value is None:
         return None
+    rules = _strings("rules", value, "rule names")
+    for rule in rules:
+        if rule not in RULES:
+            raise OptionError(_unknown("rule", rule, set(RULES)))
+    return rules
+
+
+def _checked_statistics(value: Any) -> Statistics | None:
+    if isinstance(value, (str, os.PathLike)):
+        return Statistics.load(value)
+    if value is None or isinstance(value, Statistics):
+        return value
+    raise OptionError(
+        f"option 'statistics': expected a normfx.Statistics or the path of its file, got {value!r}."
+    )
+
+
+def _strings(name: str, value: Any, what: str) -> tuple[str, ...]:
     if (
         isinstance(value, str)
         or not isinstance(value, Iterable)
-        or not all(isinstance(rule, str) for rule in value)
+        or not all(isinstance(item, str) for item in value)
     ):
-        raise OptionError(f"option 'rules': expected a list of rule names, got {value!r}.")
-    for rule in value:
-        if rule not in RULES:
-            raise OptionError(_unknown("rule", rule, set(RULES)))
+        raise OptionError(f"option {name!r}: expected a list of {what}, got {value!r}.")
     return tuple(value)
 
 

@@ -1,6 +1,6 @@
 """Pipeline: the order of the stages. Data flows one way; a stage never reaches back.
 
-    capture -> recognise -> rewrite -> fold -> hoist -> lower
+    capture -> recognise -> calibrate -> rewrite -> fold -> hoist -> lower
 
 Each stage takes a graph that runs and leaves a graph that runs, and writes to the journal.
 """
@@ -18,8 +18,9 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.capture import capture
-from normfx.errors import StageError
+from normfx.errors import StageError, StatisticsError
 from normfx.options import Options
+from normfx.passes.calibrated import calibrated
 from normfx.passes.compress import compress
 from normfx.passes.defer_scale import defer_scale
 from normfx.passes.emit import erase_unused
@@ -79,6 +80,7 @@ def rewrite(
 
     Raises:
         StageError: a stage failed; its cause is what the stage raised.
+        StatisticsError: calibrated statistics do not fit the graph.
     """
     journal.training = grad = wants_grad(gm)
 
@@ -95,6 +97,10 @@ def rewrite(
         _bodies(captured, options, journal)
         recognise(captured, journal, grad=grad)
     watch("recognise", captured)
+    if options.statistics is not None:
+        with _stage("calibrate", journal):
+            calibrated(captured, options, in_body=in_body)
+        watch("calibrate", captured)
     blocked = _blocked(grad, tracked, in_body)
     with _stage("rewrite", journal):
         norm_of_norm(captured, options, grad=grad)
@@ -170,6 +176,8 @@ def _stage(name: str, journal: Journal) -> Iterator[None]:
     start = time.perf_counter()
     try:
         yield
+    except StatisticsError:
+        raise  # what the user asked for cannot be done: no fallback
     except Exception as error:
         cause = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise StageError(f"normfx stage {name!r} failed: {cause}") from error

@@ -60,6 +60,9 @@ class Refusal(enum.Enum):
     SHARED = "parameter-shared"
     COMPUTED = "parameter-computed"
     NO_BIAS = "reader-without-bias"
+    NOT_CHOSEN = "site-not-chosen"
+    NOT_PER_CHANNEL = "not-per-channel"
+    NOT_MEASURED = "site-not-measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +236,18 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.NO_BIAS: Explanation(
         "The norm has a bias, and an operator that would take it over has none.",
         "Compile instead: the operator then gets one, beside the state dict.",
+    ),
+    Refusal.NOT_CHOSEN: Explanation(
+        "The norm is not among those that its calibrated statistics may replace.",
+        "See the option `sites`.",
+    ),
+    Refusal.NOT_PER_CHANNEL: Explanation(
+        "The norm's statistics are not over one dim of channels (or all others): groups, a gate.",
+        "Nothing to do; the norm stays.",
+    ),
+    Refusal.NOT_MEASURED: Explanation(
+        "The statistics say why this norm could not be measured by itself.",
+        "See `Statistics.refused`.",
     ),
     Refusal.NOT_TRACKED: Explanation(
         "A parameter was made in inference mode, so changes to it cannot be noticed.",

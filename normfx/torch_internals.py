@@ -132,6 +132,15 @@ def is_module_state(node: fx.Node) -> bool:
     return guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module()
 
 
+def source_name(node: fx.Node) -> str:
+    """Where dynamo found an input: `L['self']._modules['norm']._parameters['weight']`, or ""."""
+    source: Any = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name: Any = source.name
+    return str(name() if callable(name) else name)  # a method before 2.13
+
+
 def copy_placeholder(new: fx.Node, old: fx.Node) -> None:
     """Gives a captured placeholder what dynamo knows of it: its source, that it is static."""
     for key, held in old.meta.items():
@@ -209,6 +218,32 @@ def dynamo_error() -> type[Exception]:
     return TorchDynamoException
 
 
+@contextmanager
+def unwrapped(*ours: type[Exception]) -> Iterator[None]:
+    """Raises exceptions of these types as they are, without what dynamo wraps a backend's in."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, ours):
+            raise error.inner_exception from None
+        raise
+
+
+@contextmanager
+def every_call_compiled(otherwise: Exception) -> Iterator[None]:
+    """Raises an exception where dynamo would stop to compile, and run the code as it is."""
+    import torch._dynamo.config as config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    try:
+        with config.patch(fail_on_recompile_limit_hit=True):
+            yield
+    except FailOnRecompileLimitHit as error:
+        raise otherwise from error
+
+
 def fakes_for_aot(values: Any) -> list[Any]:
     """Fake tensors like these in the fake mode that AOTAutograd will trace under."""
     context = TracingContext.try_get()
@@ -234,7 +269,11 @@ def inductor_settings(
 
 
 def compile_with_inductor(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any]) -> Any:
-    """Inductor's callable for a graph."""
+    """Inductor's callable for a graph.
+
+    AOTAutograd asks for the source of every buffer of a graph that is dynamo's. Constants that the
+    capture or a rule put there have none.
+    """
     from torch._inductor.compile_fx import compile_fx
 
     _name_constants(gm)

@@ -646,3 +646,32 @@ def test_a_factor_for_each_number_leaves_the_scale_of_its_channel():
     given = row * sp.Matrix([s[i] * X[i] * factors[i] for i in range(N)])
     folded = (row * sp.diag(*s)) * sp.Matrix([X[i] * factors[i] for i in range(N)])
     assert_zero((given - folded)[0])
+
+
+def test_moments_of_two_sets_make_those_of_their_union():
+    a, b, u, v = X[:2], X[2:], Y[:2], Y[2:]
+    m, n = sp.Integer(len(a)), sp.Integer(len(b))
+
+    def cross(p, q):
+        return sum((x - mean(p)) * (y - mean(q)) for x, y in zip(p, q, strict=True))
+
+    d, e = mean(b) - mean(a), mean(v) - mean(u)
+    assert_zero(mean(a) + d * n / (m + n) - mean(X))
+    assert_zero(cross(a, u) + cross(b, v) + d * e * m * n / (m + n) - cross(X, Y))
+    assert_zero(cross(a, a) + cross(b, b) + d * d * m * n / (m + n) - cross(X, X))
+
+
+def test_the_fitted_affine_map_is_the_nearest():
+    """Its error is stationary in both numbers, and a square in them."""
+    s, t = sp.symbols("s t")
+    error = mean([(s * x + t - y) ** 2 for x, y in zip(X, Y, strict=True)])
+    covariance = mean([(x - mean(X)) * (y - mean(Y)) for x, y in zip(X, Y, strict=True)])
+    best = covariance / variance(X)
+    at = {s: best, t: mean(Y) - best * mean(X)}
+    assert_zero(sp.together(sp.diff(error, s).subs(at)))
+    assert_zero(sp.together(sp.diff(error, t).subs(at)))
+
+
+def test_an_affine_map_before_the_weight_and_bias_is_one_affine_map():
+    s, t, w, b, x = sp.symbols("s t w b x")
+    assert_zero(w * (s * x + t) + b - (x * (w * s) + (w * t + b)))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 # rule -> what it does, in the order the pipeline runs them
 RULES: dict[str, str] = {
+    "calibrated-norm": (
+        "a norm into the static affine map that its statistics over data give, if they are given"
+    ),
     "norm-of-norm": "a norm of the result of a norm into one",
     "identity-norm": "a norm whose eps outweighs every statistic it can have into a scale",
     "recentre": "a LayerNorm into an RMSNorm, by centring the constants that write its input",
