@@ -573,3 +573,14 @@ def test_a_weight_stays_where_numbers_are_not_multiples_of_it(case):
         assert refused(roughened(Reads(PADDED[case], nn.RMSNorm)), torch.randn(8, 6, 8)) == (
             "reader-not-linear"
         )
+
+
+@pytest.mark.parametrize(("outputs", "biased"), [(128, False), (136, False), (136, True)])
+def test_a_bias_is_not_made_for_very_many_outputs(outputs, biased):
+    """The head of a language model, which has none: it would be one more pass over the logits."""
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, outputs, bias=biased))
+    assert_agrees(roughened(model), torch.randn(16, 8))
+    (site,) = normfx.report().sites
+    stays = outputs > 16 * 8 and not biased
+    assert site.actions == ([] if stays else [RULE])
+    assert ("not-worth-it" in site.refusals) == stays
