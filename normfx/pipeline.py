@@ -122,7 +122,8 @@ def rewrite(
     with _stage("hoist", journal):
         if not blocked and options.allows("hoist"):
             hoisted = hoist(captured, journal, conditions)
-        assert hoisted is not None or not conditions  # nobody would check them
+        else:
+            assert not conditions  # nobody would check them
     watch("hoist", captured)
     with _stage("lower", journal):
         inference = not grad and not in_body

@@ -99,3 +99,11 @@ def test_freezing_keeps_the_folds():
         assert_agrees(Constant(), torch.randn(16, 8), options={"lowering": "inductor"})
     assert [site.actions for site in normfx.report().sites] == [["fold-affine-into-linear"]]
     assert normfx.report().graphs[0].hoisted == 0
+
+
+def test_freezing_keeps_folds_that_rely_on_values():
+    stack = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3))
+    model = roughened(nn.Sequential(*stack)).eval()
+    with torch._inductor.config.patch(freezing=True):
+        assert_agrees(model, torch.randn(2, 3, 12, 12), options={"lowering": "inductor"})
+    assert normfx.report().sites[0].actions == ["fold-statistics-into-next"]

@@ -33,7 +33,7 @@ from normfx.options import Options
 from normfx.passes.affines import is_near
 from normfx.passes.channels import NONE, Channels, channel_dim, is_monotonic, is_pool
 from normfx.passes.emit import Emitter
-from normfx.passes.fold_back import given_channel, row_of, scale_and_shift
+from normfx.passes.fold_back import given_affine, given_channel, row_of, scale_and_shift
 from normfx.passes.rounding import rounded
 from normfx.passes.sign import is_nonnegative
 from normfx.passes.values import Values
@@ -101,12 +101,14 @@ class Plan:
         dim: of the norm's result, that the channels are numbered by.
         channels: how many there are.
         signed: whether p stays, for a maximum on the way or zeros at its end.
+        positive: whether p is one, as no scale is negative or next to zero now.
     """
 
     readers: list[Reader]
     dim: int
     channels: int
     signed: bool
+    positive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +169,13 @@ def fold(
         if isinstance(plan, Refused):
             refuse(node, "fold", rule, plan)
             continue
-        if given and _moves_mean(node, plan):
-            with gm.graph.inserting_before(node):
-                conditions.append(is_near(Emitter(gm.graph, node, STATISTICS_RULE), node, _FAR))
+        with gm.graph.inserting_before(node):
+            emit = Emitter(gm.graph, node, STATISTICS_RULE)
+            if given and _moves_mean(node, plan):
+                conditions.append(is_near(emit, node, _FAR))
+            if plan.signed and options.allows("hoist") and _is_positive(values, node, plan):
+                conditions.append(_is_positive(emit, node, plan))
+                plan = replace(plan, positive=True)
         if given:
             _replace_all(gm.graph, node, plan)
         else:
@@ -195,6 +201,14 @@ def _not_worth(node: fx.Node, readers: list[Reader]) -> Refused | None:
 def _moves_mean(node: fx.Node, plan: Plan) -> bool:
     """Whether a mean that is subtracted goes into the biases of the readers."""
     return node.args[4] is not None and not plan.signed
+
+
+def _is_positive(emit: Emitter | Values | None, node: fx.Node, plan: Plan) -> Any:
+    """Whether a norm scales every channel by a positive number, as a node or a value."""
+    scale = None if emit is None else given_affine(emit, node, plan.channels)[0]
+    if emit is None or scale is None:
+        return None
+    return emit(aten.all.default, emit(aten.ge.Scalar, scale, _SMALL))
 
 
 def _near(node: fx.Node, options: Options, values: Values | None) -> Refused | None:
@@ -419,7 +433,7 @@ def _replace_all(graph: fx.Graph, node: fx.Node, plan: Plan) -> None:
             mean = row_of(emit, node.args[4], plan.channels)
             node.args = (*node.args[:4], None, *node.args[5:])
         scale, shift = scale_and_shift(emit, node, plan.channels)
-        if plan.signed:
+        if plan.signed and not plan.positive:
             size = emit(aten.clamp_min.default, emit(aten.abs.default, scale), _SMALL)
             signs = emit(aten.div.Tensor, scale, size)
             mean = None if mean is None else emit(aten.mul.Tensor, mean, signs)

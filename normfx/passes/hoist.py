@@ -89,6 +89,8 @@ def hoist(
         What makes the new inputs, or None if there is nothing to hoist.
     """
     graph = gm.graph
+    # those of constants alone (parameters under Inductor's freezing) were met when they were made
+    conditions = [c for c in conditions if any(n.op == "placeholder" for n in g.behind([c]))]
     constant = g.parameter_only(graph)
     _merge(graph, constant, set(conditions))
     targets = _targets(graph, constant)

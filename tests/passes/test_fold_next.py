@@ -704,3 +704,46 @@ def test_norms_left_of_convolutional_nets(net):
     assert sum(not site.actions for site in normfx.report().sites) == left
     for site in normfx.report().sites:
         assert site.actions or site.refusals[-1] == "reader-not-linear"
+
+
+# -- scales that are positive now ----------------------------------------------------------------
+
+
+def pooled(padding: int) -> nn.Module:
+    """A stack in eval mode, whose norm scales by positive numbers."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.ReLU(),
+        nn.BatchNorm2d(6),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 4, 3, padding=padding),
+    )
+    roughened(model).eval()
+    with torch.no_grad():
+        model[2].weight.abs_().add_(0.1)
+    return model
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_positive_scales_leave_no_sign_before_the_maximum(padding):
+    model, x = pooled(padding), torch.randn(4, 3, 13, 14)
+    assert_agrees(model, x)
+    assert normfx.report().sites[0].actions == [RULE]
+    with torch.no_grad():
+        texts, _ = stages_of(model, x)
+    operators = [line.split(" = ")[1].split("(")[0] for line in texts["lower"].splitlines()[:-1]]
+    kept = [name for name in operators if name not in ("reshape", "to")]
+    behind = ["sub", "add"] if padding else ["sub"]
+    assert kept == ["conv2d", "relu", "max_pool2d", *behind, "conv2d"]
+
+
+@pytest.mark.filterwarnings("ignore:A graph was rewritten for weights")
+@pytest.mark.parametrize("change", ["neg_", "zero_"])
+def test_a_scale_that_is_no_longer_positive(change):
+    model, x = pooled(1), torch.randn(4, 3, 13, 14)
+    fast = compiled(model)
+    with torch.no_grad():
+        for _ in range(2):
+            exact = copy.deepcopy(model).double()(x.double())
+            assert_within_contract(fast(x), model(x), exact)
+            getattr(model[2].weight[:2], change)()
