@@ -37,7 +37,7 @@ def test_static_layer_folds_into_the_next_linear(name, bias):
     model = nn.Sequential(trained(STATIC[name]()), nn.Linear(8, 4, bias=bias)).eval()
     with torch.no_grad():
         texts, journal = stages_of(model, torch.randn(3, 5, 8))
-    assert [site.actions for site in journal.sites] == [["fold-affine-into-linear"]]
+    assert [site.actions for site in journal.sites] == [["telescope"]]
     called = {line.split(" = ")[1].split("(")[0] for line in texts["lower"].splitlines()[:-1]}
     assert called == {"to", "linear"}, texts["lower"]
     assert_agrees(model, torch.randn(3, 5, 8))
@@ -71,7 +71,7 @@ def test_a_block_trained_with_unified_norm_has_no_norm_left():
     block.eval()
     with torch.no_grad():
         texts, journal = stages_of(block, torch.randn(3, 5, 8))
-    assert [site.actions for site in journal.sites] == [["fold-affine-into-linear"]]
+    assert [site.actions for site in journal.sites] == [["telescope"]]
     # One multiplication is the block's own; the norm's is gone.
     assert texts["lower"].count("= mul(") == 1
     assert "norm" not in texts["lower"]

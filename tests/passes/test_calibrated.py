@@ -78,7 +78,7 @@ def test_the_journal(measured):
     sites = {site.name: site for site in normfx.report().sites}
     # what is static is folded into the linear layer after it
     for name in ("blocks.0.norm", "blocks.1.norm", "final"):
-        assert sites[name].actions[:2] == [RULE, "fold-affine-into-linear"], name
+        assert sites[name].actions[:2] == [RULE, "telescope"], name
     assert sites["blocks.0.second"].refusals[0] == "site-not-chosen"
     for site in sites.values():
         assert sum(record.rule == RULE for record in site.records) == 1
