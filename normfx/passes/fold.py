@@ -193,7 +193,8 @@ def _not_worth(node: fx.Node, readers: list[Reader]) -> Refused | None:
     for reader in readers if node.args[2] is not None else ():
         shape: Any = g.shape(reader.weight)
         if reader.bias is None and reader.out is not None:
-            if size_hint(shape[reader.out]) > _MAX_OUTPUTS * size_hint(shape[reader.dim]):
+            inputs = size_hint(shape[reader.dim]) * reader.groups
+            if size_hint(shape[reader.out]) > _MAX_OUTPUTS * inputs:
                 return Refused(Refusal.NOT_WORTH, reader.node)
     return None
 

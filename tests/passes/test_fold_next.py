@@ -709,7 +709,7 @@ def test_norms_left_of_convolutional_nets(net):
 # -- scales that are positive now ----------------------------------------------------------------
 
 
-def pooled(padding: int) -> nn.Module:
+def positive(padding: int) -> nn.Module:
     """A stack in eval mode, whose norm scales by positive numbers."""
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3),
@@ -726,7 +726,7 @@ def pooled(padding: int) -> nn.Module:
 
 @pytest.mark.parametrize("padding", [0, 1])
 def test_positive_scales_leave_no_sign_before_the_maximum(padding):
-    model, x = pooled(padding), torch.randn(4, 3, 13, 14)
+    model, x = positive(padding), torch.randn(4, 3, 13, 14)
     assert_agrees(model, x)
     assert normfx.report().sites[0].actions == [RULE]
     with torch.no_grad():
@@ -740,7 +740,7 @@ def test_positive_scales_leave_no_sign_before_the_maximum(padding):
 @pytest.mark.filterwarnings("ignore:A graph was rewritten for weights")
 @pytest.mark.parametrize("change", ["neg_", "zero_"])
 def test_a_scale_that_is_no_longer_positive(change):
-    model, x = pooled(1), torch.randn(4, 3, 13, 14)
+    model, x = positive(1), torch.randn(4, 3, 13, 14)
     fast = compiled(model)
     with torch.no_grad():
         for _ in range(2):
