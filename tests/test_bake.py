@@ -961,3 +961,37 @@ def test_text():
         "extra-user: What would change is read elsewhere too: by the output, a residual or another "
         "operator. The affine part must stay for that reader."
     )
+
+
+class Residual(nn.Module):
+    """A post-norm stream: what is left of a baked norm is read by a branch and a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8)
+        self.branch, self.last, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        return self.head(self.last(x + self.branch(x)))
+
+
+def pooled():
+    middle = (nn.BatchNorm2d(6), nn.MaxPool2d(2))
+    convolutions = nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 4, 3, padding=1)
+    return nn.Sequential(convolutions[0], *middle, convolutions[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "rule"),
+    [(Residual, (16, 8), "telescope"), (pooled, (2, 3, 12, 12), "fold-statistics-into-next")],
+)
+def test_a_shift_that_baking_leaves_goes_on_alone(make, shape, rule):
+    """A norm without a scale: the layer before has no bias, so the norm kept the shift."""
+    torch.manual_seed(0)
+    model, x = roughened(make()).eval(), torch.randn(shape)
+    normfx.bake_(model)(x)
+    with torch.no_grad():
+        got = compiled(model, rules=["drop-baked", rule, "hoist"])(x)
+        assert_within_contract(got, model(x), copy.deepcopy(model).double()(x.double()))
+    assert any(site.actions == ["drop-baked", rule] for site in normfx.report().sites)

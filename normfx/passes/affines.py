@@ -62,13 +62,14 @@ class Affines:
         if any(row is not None and values.of(row) is None for row in rows):
             return None
         if held is None:
-            return Affine(*given_affine(values, node, size))
+            return _scaled(values, *given_affine(values, node, size))
         return Affine(*(None if row is None else values.of(row) for row in held))
 
     def of(self, node: fx.Node, size: int) -> Affine:
         """The nodes of a norm's affine."""
         if node not in self._held:
-            self.put(node, size, Affine(*given_affine(self.emitter(node), node, size)))
+            emit = self.emitter(node)
+            self.put(node, size, _scaled(emit, *given_affine(emit, node, size)))
         return self._held[node]
 
     def put(self, node: fx.Node, size: int, affine: Affine) -> None:
@@ -177,6 +178,13 @@ class Affines:
         for node in nodes[first:]:
             if node in self._constant:
                 self._anchor.prepend(node)
+
+
+def _scaled(emit: Any, scale: Any, mean: Any, shift: Any) -> Affine:
+    """An affine whose scale is a row of ones where a norm has none (what `bake_` made neutral)."""
+    if scale is None and (mean is not None or shift is not None):
+        scale = emit(aten.ones_like.default, shift if mean is None else mean)
+    return Affine(scale, mean, shift)
 
 
 def is_sound(emit: Any, affine: Affine) -> Any:

@@ -434,7 +434,7 @@ def _replace_all(graph: fx.Graph, node: fx.Node, plan: Plan) -> None:
             mean = row_of(emit, node.args[4], plan.channels)
             node.args = (*node.args[:4], None, *node.args[5:])
         scale, shift = scale_and_shift(emit, node, plan.channels)
-        if plan.signed and not plan.positive:
+        if plan.signed and not plan.positive and scale is not None:
             size = emit(aten.clamp_min.default, emit(aten.abs.default, scale), _SMALL)
             signs = emit(aten.div.Tensor, scale, size)
             mean = None if mean is None else emit(aten.mul.Tensor, mean, signs)
@@ -450,8 +450,10 @@ def _replace_all(graph: fx.Graph, node: fx.Node, plan: Plan) -> None:
         if not reader.padded or shift is None:
             fold_into(graph, reader, scale, shift)
             continue
-        with graph.inserting_before(reader.node):
-            before = Emitter(graph, node, STATISTICS_RULE)(aten.div.Tensor, shift, scale)
+        before = shift
+        if scale is not None:
+            with graph.inserting_before(reader.node):
+                before = Emitter(graph, node, STATISTICS_RULE)(aten.div.Tensor, shift, scale)
         reader = _shifted(graph, reader, aten.add.Tensor, before, spec.stats_dtype)
         fold_into(graph, reader, scale, None)
     graph.erase_node(node)
