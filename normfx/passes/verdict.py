@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 from torch import fx
 
 from normfx import graph as g
-from normfx.cost import Cost, saves
 from normfx.record import Record, Refusal
 
 
@@ -23,15 +22,6 @@ class Refused:
 
 # What may still refuse a plan that a rule holds legal, for a norm: the caller of the rule.
 Permit: TypeAlias = Callable[[fx.Node, Any], "Refused | None"]
-
-
-def unless_it_pays(
-    node: fx.Node, before: Cost, after: Cost, extra_weight_bytes: int = 0
-) -> Refused | None:
-    """Refuses an exact rewrite that the cost model expects no gain of (`cost.saves`)."""
-    if saves(before, after, extra_weight_bytes):
-        return None
-    return Refused(Refusal.NOT_WORTH, node)
 
 
 def refuse(norm: fx.Node, stage: str, rule: str, refused: Refused) -> None:
