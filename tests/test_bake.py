@@ -963,7 +963,7 @@ def test_text():
     )
 
 
-class Residual(nn.Module):
+class PostNorm(nn.Module):
     """A post-norm stream: what is left of a baked norm is read by a branch and a sum."""
 
     def __init__(self):
@@ -976,7 +976,7 @@ class Residual(nn.Module):
         return self.head(self.last(x + self.branch(x)))
 
 
-def pooled():
+def pooled_stack():
     middle = (nn.BatchNorm2d(6), nn.MaxPool2d(2))
     convolutions = nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 4, 3, padding=1)
     return nn.Sequential(convolutions[0], *middle, convolutions[1])
@@ -984,7 +984,7 @@ def pooled():
 
 @pytest.mark.parametrize(
     ("make", "shape", "rule"),
-    [(Residual, (16, 8), "telescope"), (pooled, (2, 3, 12, 12), "fold-statistics-into-next")],
+    [(PostNorm, (16, 8), "telescope"), (pooled_stack, (2, 3, 12, 12), "fold-statistics-into-next")],
 )
 def test_a_shift_that_baking_leaves_goes_on_alone(make, shape, rule):
     """A norm without a scale: the layer before has no bias, so the norm kept the shift."""
