@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from normfx.options import Options
-from normfx.passes import RULES
+from normfx.passes import RULES, Exactness
 from normfx.record import REFUSALS, Refusal
 
 DOCS = Path(__file__).resolve().parent
@@ -48,6 +48,11 @@ In the order in which they run. The option `rules` chooses among them; see [opti
 What each rule promises about rounding is in [numerics](numerics.md).
 
 {rules}
+
+{classes}
+
+`tests/test_proofs.py` checks the identities with a computer algebra system. What is proved in full,
+with its conditions, stands at the head of each rule's file in `normfx/passes`.
 
 Recognition is no rule: it always runs. The report names it `recognise-OPERATOR`, where the
 operator is ATen's, or `recognise-algebra` for a norm that is spelled out.
@@ -94,7 +99,16 @@ wins where both set the same switch.
 def rules_page() -> str:
     """The text of docs/rules.md."""
     stages = refusing_stages()
-    rules = table(("rule", "what it does"), [(f"`{name}`", what) for name, what in RULES.items()])
+    rules = table(
+        ("rule", "what it does", "identity", "source", "class"),
+        [
+            (f"`{name}`", rule.effect, f"`{rule.identity}`", rule.source, rule.exactness.name)
+            for name, rule in RULES.items()
+        ],
+    )
+    classes = table(
+        ("class", "promise"), [(exactness.name, exactness.value) for exactness in Exactness]
+    )
     refusals = table(
         ("code", "stage", "meaning", "what to do"),
         [
@@ -107,7 +121,7 @@ def rules_page() -> str:
             for code in Refusal
         ],
     )
-    return RULES_PAGE.format(notice=NOTICE, rules=rules, refusals=refusals)
+    return RULES_PAGE.format(notice=NOTICE, rules=rules, classes=classes, refusals=refusals)
 
 
 def refusing_stages() -> dict[str, set[str]]:

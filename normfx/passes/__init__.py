@@ -2,30 +2,89 @@
 
 from __future__ import annotations
 
-# rule -> what it does, in the order the pipeline runs them
-RULES: dict[str, str] = {
-    "calibrated-norm": (
-        "a norm into the static affine map that its statistics over data give, if they are given"
+import enum
+from typing import NamedTuple
+
+
+class Exactness(enum.Enum):
+    """What a rule promises; `docs/numerics.md` says how each is tested."""
+
+    BITWISE = "the same bits"
+    EXACT = "equal in real arithmetic for all inputs; rounding within the numerics contract"
+    CALIBRATED = "equal up to an error that is measured on data; off unless asked for"
+
+
+class Rule(NamedTuple):
+    """What a rule does, promises and rests on.
+
+    Attributes:
+        effect: what it does, as half a sentence.
+        identity: the equation that makes it right; `tests/test_proofs.py` checks it by machine.
+        source: where the identity is from, or "identity" where a line of algebra shows it.
+        exactness: what it promises of the result.
+    """
+
+    effect: str
+    identity: str
+    source: str = "identity"
+    exactness: Exactness = Exactness.EXACT
+
+
+# In the order the pipeline runs them. The file of a rule in this folder derives its identity.
+RULES: dict[str, Rule] = {
+    "calibrated-norm": Rule(
+        "a norm into the static affine map that its statistics over data give, if they are given",
+        "norm(x; w, b) ~ x (w s) + (w t + b), s and t from data",
+        "Unified Normalization, arXiv 2208.01313",
+        Exactness.CALIBRATED,
     ),
-    "norm-of-norm": "a norm of the result of a norm into one",
-    "identity-norm": "a norm whose eps outweighs every statistic it can have into a scale",
-    "recentre": "a LayerNorm into an RMSNorm, by centring the constants that write its input",
-    "drop-baked": "what `normfx.bake_` made neutral leaves the norm, for as long as it is so",
-    "fold-statistics-into-previous": (
-        "a norm whose statistics are given into the linear operator or convolution before it"
+    "norm-of-norm": Rule(
+        "a norm of the result of a norm into one",
+        "RMS(RMS(x; e1); e2) = (1 + e2)^(-1/2) RMS(x; e1 e2 / (1 + e2))",
     ),
-    "telescope": (
-        "a norm whose statistics are given into all that comes after it, through residual adds"
+    "identity-norm": Rule(
+        "a norm whose eps outweighs every statistic it can have into a scale",
+        "x / sqrt(S + eps) = x / sqrt(eps), where S / eps is below half of the last digit",
     ),
-    "fold-statistics-into-next": (
-        "a norm whose statistics are given into the linear operators and convolutions after it"
+    "recentre": Rule(
+        "a LayerNorm into an RMSNorm, by centring the constants that write its input",
+        "LN(x) = RMSNorm(x - mean(x)), LN(x + c 1) = LN(x)",
+        "Pre-RMSNorm, arXiv 2305.14858",
     ),
-    "fold-affine-into-linear": (
-        "a norm's weight and bias into the linear operators and convolutions after it"
+    "drop-baked": Rule(
+        "what `normfx.bake_` made neutral leaves the norm, for as long as it is so",
+        "norm(x; 1, 0) = norm(x), (x - 0) / sqrt((1 - eps) + eps) = x",
     ),
-    "compress": (
-        "a stream of mean zero to one channel less, its RMSNorms to CRMSNorms; only if named"
+    "fold-statistics-into-previous": Rule(
+        "a norm whose statistics are given into the linear operator or convolution before it",
+        "s (V x + c) + t = (diag(s) V) x + (s c + t)",
     ),
-    "defer-scale": "the division by a root to the other side of the linear operators after it",
-    "hoist": "computations that read only parameters run once, outside of the graph",
+    "telescope": Rule(
+        "a norm whose statistics are given into all that comes after it, through residual adds",
+        "y + B z + c = s (x + diag(1/s) B z + (c + b) / s) for y = s x + b",
+    ),
+    "fold-statistics-into-next": Rule(
+        "a norm whose statistics are given into the linear operators and convolutions after it",
+        "V (s x + t) + c = (V diag(s)) x + (c + V t)",
+    ),
+    "fold-affine-into-linear": Rule(
+        "a norm's weight and bias into the linear operators and convolutions after it",
+        "norm(x; w, b) V^T + c = norm(x; 1, 0) (V diag(w))^T + (c + V b)",
+        "FlashNorm, arXiv 2407.09577",
+    ),
+    "compress": Rule(
+        "a stream of mean zero to one channel less, its RMSNorms to CRMSNorms; only if named",
+        "u = x[:-1]: RMSNorm(x)[:-1] = u / sqrt((sum(u^2) + sum(u)^2) / d + eps), if sum(x) = 0",
+        "Pre-CRMSNorm, arXiv 2305.14858",
+    ),
+    "defer-scale": Rule(
+        "the division by a root to the other side of the linear operators after it",
+        "(x r) W^T + c = (x W^T) r + c",
+        "FlashNorm, arXiv 2407.09577",
+    ),
+    "hoist": Rule(
+        "computations that read only parameters run once, outside of the graph",
+        "the same operators on the same numbers, at another time",
+        exactness=Exactness.BITWISE,
+    ),
 }
