@@ -28,7 +28,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test zoo lint fix docs clean
+.PHONY: help venv demo test zoo lint fix docs site clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -57,8 +57,11 @@ fix: $(STAMP) ## format, and fix what ruff can
 docs: $(STAMP) ## write docs/rules.md and docs/options.md from the tables in the code
 	@$(PY) docs/generate.py $(ARGS)
 
+site: $(STAMP) $(VENV)/.docs ## build the documentation site into site/, and check its links
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 clean: ## remove caches and builds, not the environment
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis torch_compile_debug
+	@rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis torch_compile_debug
 	@find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, at one version: a range would let pip choose a build with several GB of CUDA packages on
@@ -72,6 +75,11 @@ $(STAMP): $(PY) $(wildcard requirements/*.txt) pyproject.toml Makefile
 	@$(PIP) install --no-deps -r requirements/no-deps.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@echo "environment: $(VENV) is up to date"
+	@touch $@
+
+$(VENV)/.docs: $(STAMP) requirements/docs.txt
+	@echo "environment: documentation"
+	@$(PIP) install -r requirements/docs.txt
 	@touch $@
 
 # Also runs when the Python that the environment was made with has gone, as the link then leads nowhere.
