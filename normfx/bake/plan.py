@@ -19,7 +19,6 @@ from normfx.errors import BakeError
 from normfx.live import without_autocast
 from normfx.options import Options
 from normfx.passes import fold, fold_back
-from normfx.passes.fold import Reader
 from normfx.passes.fold_back import Writer
 from normfx.passes.hoist import VIEWS, computing
 from normfx.passes.neutral import (
@@ -32,6 +31,7 @@ from normfx.passes.neutral import (
     is_neutral,
     is_uniform,
 )
+from normfx.passes.readers import Reader
 from normfx.passes.verdict import Refused
 from normfx.pipeline import rewrite, weights_are_tracked
 from normfx.record import Journal, Refusal

@@ -30,7 +30,7 @@ from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.channels import Channels
 from normfx.passes.emit import Emitter
-from normfx.passes.fold import Reader, give, reader_of
+from normfx.passes.readers import Reader, give, reader_of
 from normfx.passes.verdict import Refused, change, refuse
 from normfx.record import Refusal
 

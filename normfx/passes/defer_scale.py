@@ -28,7 +28,7 @@ from normfx.ops import norm, row_scale
 from normfx.options import Options
 from normfx.passes.channels import Channels
 from normfx.passes.emit import Emitter
-from normfx.passes.fold import Reader, reader_of
+from normfx.passes.readers import Reader, reader_of
 from normfx.passes.verdict import Refused, change, refuse
 from normfx.record import Refusal
 

@@ -33,7 +33,6 @@ from normfx.options import Options
 from normfx.passes.affines import Affine, Affines, is_near, is_sound
 from normfx.passes.channels import Channels
 from normfx.passes.emit import Emitter
-from normfx.passes.fold import Reader, fold_into, reader_of
 from normfx.passes.fold_back import (
     Writer,
     given_channel,
@@ -41,6 +40,7 @@ from normfx.passes.fold_back import (
     scale_weight,
     writer_of,
 )
+from normfx.passes.readers import Reader, fold_into, reader_of
 from normfx.passes.values import Values
 from normfx.passes.verdict import Refused, change, refuse
 from normfx.record import Refusal

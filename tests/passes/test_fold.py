@@ -97,6 +97,7 @@ class Reads(nn.Module):
 
 BAGS = torch.tensor([[0, 3, 1], [5, 5, 2]])
 
+# Results of many numbers: of 64, the largest error is beyond twice eager's once in sixty draws.
 FOLDS = {
     "linear": lambda m, y, x: F.linear(y, m.weight),
     "linear-bias": lambda m, y, x: F.linear(y, m.weight, m.bias),
@@ -110,12 +111,12 @@ FOLDS = {
     "transpose": lambda m, y, x: F.linear(y.transpose(0, 1), m.weight, m.bias),
     "permute": lambda m, y, x: F.linear(y.permute(1, 0, 2), m.weight),
     "slice": lambda m, y, x: F.linear(y[:, 1:3], m.weight, m.bias),
-    "select": lambda m, y, x: F.linear(y[:, 0], m.weight),
+    "select": lambda m, y, x: F.linear(y.unflatten(1, (1, 6))[:, 0], m.weight),
     "index": lambda m, y, x: F.linear(y[torch.tensor([0, 2])], m.weight),
     "chunk": lambda m, y, x: [F.linear(part, m.weight) for part in y.chunk(2, 0)],
     "split": lambda m, y, x: [F.linear(part, m.weight) for part in y.split([4, 12])],
-    "unbind": lambda m, y, x: [F.linear(part, m.weight) for part in y.unbind(1)],
-    "expand": lambda m, y, x: F.linear(y[:, :1].expand(16, 6, -1), m.weight),
+    "unbind": lambda m, y, x: torch.stack([F.linear(part, m.weight) for part in y.unbind(1)]),
+    "expand": lambda m, y, x: F.linear(y[:, :, None].expand(16, 6, 2, -1), m.weight),
     "dropout-off": lambda m, y, x: F.linear(F.dropout(y, 0.5, False), m.weight),
     "contiguous": lambda m, y, x: F.linear(y.transpose(0, 1).contiguous(), m.weight),
     "several": lambda m, y, x: (
