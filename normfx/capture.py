@@ -21,6 +21,7 @@ from torch.fx.node import map_aggregate
 
 from normfx import graph as g
 from normfx.fused import OPENED
+from normfx.passes.explicit import explicit
 from normfx.passes.functional import functional
 from normfx.replay import Replays
 from normfx.torch_internals import (
@@ -61,6 +62,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
         copy_placeholder(new, old)
         new.meta["val"] = g.value(old)
     copy_graph_meta(captured, gm)
+    explicit(captured)
     functional(captured)
     captured.recompile()
     return captured

@@ -19,7 +19,7 @@ from normfx.errors import BakeError
 from normfx.live import without_autocast
 from normfx.options import Options
 from normfx.passes import fold, fold_back
-from normfx.passes.fold_back import Writer
+from normfx.passes.fold_back import Writers
 from normfx.passes.hoist import VIEWS, computing
 from normfx.passes.neutral import (
     BIAS,
@@ -105,11 +105,13 @@ class Plan:
         for site in self.journal.sites:  # other rules are off, which says nothing of the model
             site.records = [r for r in site.records if r.code is not Refusal.RULE_OFF]
 
-    def _permit(self, node: fx.Node, plan: Writer | list[Reader]) -> Refused | None:
+    def _permit(self, node: fx.Node, plan: Writers | list[Reader]) -> Refused | None:
         """Refuses a fold whose weights cannot be written, or plans to write them."""
         slots: dict[tuple[fx.Node, str], _Slot] = {}
-        keeps_shift = isinstance(plan, Writer) and plan.bias is None
-        places = (WEIGHT, BIAS, MEAN, SQUARE) if isinstance(plan, Writer) else (WEIGHT, BIAS)
+        given = isinstance(plan, Writers)
+        only = plan.only if isinstance(plan, Writers) else None
+        keeps_shift = only is not None and only.bias is None
+        places = (WEIGHT, BIAS, MEAN, SQUARE) if given else (WEIGHT, BIAS)
         if keeps_shift:
             places = (WEIGHT, MEAN, SQUARE)
         cleared = self._cleared_by(node, places)
@@ -141,22 +143,23 @@ class Plan:
         return None
 
     def _operands(
-        self, node: fx.Node, plan: Writer | list[Reader], *, keeps_shift: bool
+        self, node: fx.Node, plan: Writers | list[Reader], *, keeps_shift: bool
     ) -> dict[tuple[fx.Node, str], fx.Node] | Refused:
         """The operands that a fold changes."""
         found: dict[tuple[fx.Node, str], fx.Node] = {}
         shift: Any = node.args[BIAS]
-        if isinstance(plan, Writer):
-            found[plan.node, "weight"] = plan.weight
-            bias = shift if keeps_shift else plan.bias
+        if isinstance(plan, Writers):
             moved = shift is not None or node.args[MEAN] is not None
-            if bias is None and moved:
-                return Refused(Refusal.NO_BIAS, plan.node)
-            if bias is not None:
-                found[plan.node, "bias"] = bias
-                looks = g.shape(bias), g.dtype(bias)
-                if keeps_shift and looks != ((plan.channels,), g.dtype(plan.weight)):
-                    return Refused(Refusal.NO_BIAS, plan.node)
+            for writer in (part.writer for part in plan.parts):
+                found[writer.node, "weight"] = writer.weight
+                bias = shift if keeps_shift else writer.bias
+                if bias is None and moved:
+                    return Refused(Refusal.NO_BIAS, writer.node)
+                if bias is not None:
+                    found[writer.node, "bias"] = bias
+                    looks = g.shape(bias), g.dtype(bias)
+                    if keeps_shift and looks != ((writer.channels,), g.dtype(writer.weight)):
+                        return Refused(Refusal.NO_BIAS, writer.node)
             return found
         for reader in plan:
             if node.args[WEIGHT] is not None:

@@ -4,13 +4,15 @@
 
 with s = w / sqrt(v + eps) and t = b - m * s for each channel: the norm vanishes. It holds for any
 padding, stride and grouping, since s and t come after the operator. The operator must have no other
-reader; what lies between may only move the channels, not mix them. Folded weights are computed in
-float64 and rounded once, and are ordinary nodes of the graph, which `hoist` moves out of it.
+reader; what lies between may only move the channels, not mix them, or put those of several
+operators beside each other: then each takes its own. Folded weights are computed in float64 and
+rounded once, and are ordinary nodes of the graph, which `hoist` moves out of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ RULE = "fold-statistics-into-previous"
 _COPIES = frozenset({aten.clone, aten.contiguous, aten.alias, aten.detach})
 _DROPOUTS = frozenset({aten.dropout, aten.feature_dropout, aten.alpha_dropout})  # in eval mode
 _CONVOLUTIONS = frozenset({aten.conv1d, aten.conv2d, aten.conv3d})
+_JOINS = frozenset({aten.cat, aten.concat, aten.concatenate})
 _TRANSPOSED = frozenset({aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d})
 
 
@@ -63,6 +66,37 @@ class Writer:
         return shape[self.dim] * self.groups
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An operator and which channels of the norm it makes.
+
+    Attributes:
+        writer: the operator.
+        start: the first of them.
+    """
+
+    writer: Writer
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Writers:
+    """All operators that make the channels of a norm: one, or several whose results are joined.
+
+    Attributes:
+        parts: each of them once.
+        channels: how many channels the norm has.
+    """
+
+    parts: tuple[Part, ...]
+    channels: Any
+
+    @property
+    def only(self) -> Writer | None:
+        """The operator that makes all channels, if one does."""
+        return self.parts[0].writer if len(self.parts) == 1 else None
+
+
 def fold_back(
     gm: fx.GraphModule,
     options: Options,
@@ -76,7 +110,7 @@ def fold_back(
         gm: a graph with canonical nodes; changed in place.
         options: says whether the rule may run.
         blocked: why nothing may be folded in this graph (gradients flow, say), or None.
-        permit: may refuse a norm for reasons of its own; gets the node and its writer.
+        permit: may refuse a norm for reasons of its own; gets the node and its `Writers`.
 
     Every norm with given statistics gets one record.
 
@@ -100,9 +134,9 @@ def fold_back(
         else:
             _replace(gm.graph, node, plan)
             # a second norm behind the first folds into the weights that the first has made
-            made = plan.node.all_input_nodes
+            made = [n for part in plan.parts for n in part.writer.node.all_input_nodes]
             constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
-            change(node, "fold", RULE, plan.node.name)
+            change(node, "fold", RULE, ", ".join(part.writer.node.name for part in plan.parts))
 
 
 def _check(
@@ -112,12 +146,16 @@ def _check(
     options: Options,
     *,
     blocked: Refusal | None,
-) -> Writer | Refused:
+) -> Writers | Refused:
     channel = given_channel(node, constant, options, RULE, blocked=blocked)
     if isinstance(channel, Refused):
         return channel
     spec: Any = node.kwargs["spec"]
-    return writer_of(node, node.args[0], channel, spec.out_dtype, constant, written)
+    parts = parts_of(node, node.args[0], channel, spec.out_dtype, constant, written)
+    if isinstance(parts, Refused):
+        return parts
+    shape: Any = g.shape(node.args[0])
+    return Writers(tuple(parts), shape[channel])
 
 
 def given_channel(
@@ -163,15 +201,34 @@ def writer_of(
     constant: set[fx.Node],
     written: set[int | None],
 ) -> Writer | Refused:
-    """The operator that makes the channels of what a reader reads, if it may make others.
+    """The operator that makes all channels of what a reader reads, as `parts_of` finds it."""
+    parts = parts_of(reader, source, channel, dtype, constant, written)
+    if isinstance(parts, Refused):
+        return parts
+    if len(parts) > 1:
+        return Refused(Refusal.NOT_LINEAR_BEFORE, source)
+    return parts[0].writer
+
+
+def parts_of(
+    reader: fx.Node,
+    source: Any,
+    channel: int,
+    dtype: Any,
+    constant: set[fx.Node],
+    written: set[int | None],
+    start: int = 0,
+) -> list[Part] | Refused:
+    """The operators that make the channels of what a reader reads, if they may make others.
 
     Args:
         reader: reads them; nothing else does.
         source: what it reads.
         channel: the dim of the source that numbers the channels.
-        dtype: of the source, and of all between it and the operator.
+        dtype: of the source, and of all between it and the operators.
         constant: the nodes whose value depends on parameters alone.
         written: the storages that are written to.
+        start: the number of the first channel of the source.
     """
     while True:
         assert isinstance(source, fx.Node)
@@ -185,6 +242,16 @@ def writer_of(
         writer = _writer(source, channel)
         if isinstance(writer, Writer):
             break
+        joined = _joined(source, channel)
+        if joined is not None:
+            found: list[Part] = []
+            for operand, offset in joined:
+                first = start + offset
+                parts = parts_of(source, operand, channel, dtype, constant, written, first)
+                if isinstance(parts, Refused):
+                    return parts
+                found += parts
+            return found
         before = moved_from(source, channel)
         if writer is not None or before is None:
             return writer or Refused(Refusal.NOT_LINEAR_BEFORE, source)
@@ -198,7 +265,28 @@ def writer_of(
     # `linear` and `addmm` broadcast a bias: one for each row would be no bias after the scale
     if writer.bias is not None and g.shape(writer.bias) != (writer.channels,):
         return Refused(Refusal.NOT_LINEAR_BEFORE, writer.node)
-    return writer
+    return [Part(writer, start)]
+
+
+def _joined(node: fx.Node, channel: int) -> list[tuple[fx.Node, int]] | None:
+    """What a concatenation joins, each with the number of its first channel in the result.
+
+    None for another operator, and where an operand stands twice: it would be scaled twice.
+    """
+    if g.packet(node) not in _JOINS:
+        return None
+    named = g.arguments(node)
+    operands, rank = list(named["tensors"]), len(g.shape(node) or ())
+    shapes: list[Any] = [g.shape(operand) for operand in operands]
+    # ATen skips operands of shape (0,), whatever the others are
+    if len(set(operands)) < len(operands) or any(len(s or ()) != rank for s in shapes):
+        return None
+    if named["dim"] % rank != channel:
+        return [(operand, 0) for operand in operands]
+    sizes = [shape[channel] for shape in shapes]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    return list(zip(operands, accumulate(sizes, initial=0), strict=False))
 
 
 def moved_from(node: fx.Node, dim: int) -> int | None:
@@ -251,15 +339,21 @@ def _writer(node: fx.Node, channel: int) -> Writer | Refused | None:
     return found
 
 
-def _replace(graph: fx.Graph, node: fx.Node, writer: Writer) -> None:
-    _bring_up(node, writer.node)
-    with graph.inserting_before(writer.node):
-        emit = Emitter(graph, writer.node, RULE)
-        scale, shift = scale_and_shift(emit, node, writer.channels)
-        if scale is None and node.args[4] is None and writer.bias is None:
-            if g.shape(node.args[2]) == (writer.channels,):
+def _replace(graph: fx.Graph, node: fx.Node, plan: Writers) -> None:
+    nodes = {part.writer.node for part in plan.parts}
+    first = next(n for n in graph.nodes if n in nodes) if len(nodes) > 1 else nodes.pop()
+    _bring_up(node, first)
+    with graph.inserting_before(first):
+        emit = Emitter(graph, first, RULE)
+        scale, shift = scale_and_shift(emit, node, plan.channels)
+        if scale is None and node.args[4] is None and plan.only and plan.only.bias is None:
+            if g.shape(node.args[2]) == (plan.channels,):
                 shift = node.args[2]  # as it is, without a copy
-        scale_weight(emit, writer, scale, shift)
+    for part in plan.parts:
+        with graph.inserting_before(part.writer.node):
+            emit = Emitter(graph, part.writer.node, RULE)
+            own = [_own(emit, row, part, plan.channels) for row in (scale, shift)]
+            scale_weight(emit, part.writer, *own)
     source = node.args[0]
     assert isinstance(source, fx.Node)
     spec: Any = node.kwargs["spec"]
@@ -269,6 +363,14 @@ def _replace(graph: fx.Graph, node: fx.Node, writer: Writer) -> None:
             g.inherit_meta(source, node)
     node.replace_all_uses_with(source, propagate_meta=False)
     graph.erase_node(node)
+
+
+def _own(emit: Emitter, row: Any, part: Part, channels: Any) -> Any:
+    """The numbers of a row that belong to the channels of one operator."""
+    count = part.writer.channels
+    if row is None or count == channels:
+        return row
+    return emit(aten.narrow.default, row, 0, part.start, count)
 
 
 def _bring_up(node: fx.Node, writer: fx.Node) -> None:

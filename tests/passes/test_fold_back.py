@@ -903,7 +903,17 @@ REFUSES = [
     ("writer-not-linear", "arg", lambda m, x: m.six(x)),
     ("writer-not-linear", "add", lambda m, x: m.norm(m.pixels(x) + m.bias[:, None])),
     ("writer-not-linear", "mul", lambda m, x: m.norm(m.pixels(x) * 2)),
-    ("writer-not-linear", "cat", lambda m, x: m.norm(torch.cat([m.pixels(x), m.pixels(x)]))),
+    ("writer-not-linear", "cat", lambda m, x: m.norm(torch.cat([h := m.pixels(x), h]))),
+    (
+        "writer-not-linear",
+        "relu",
+        lambda m, x: m.norm(torch.cat([m.pixels(x), m.pixels(x).relu()])),
+    ),
+    (
+        "extra-user",
+        "relu",
+        lambda m, x: (m.norm(torch.cat([h := m.pixels(x), m.pixels(x)])), h.relu()),
+    ),
     ("writer-not-linear", "getitem", lambda m, x: m.norm(m.pixels(x).chunk(2, 0)[0])),
     ("writer-not-linear", "slice", lambda m, x: m.norm(m.pixels(x)[:, :, 2:])),
     ("writer-not-linear", "flip", lambda m, x: m.norm(m.pixels(x).flip(1))),
@@ -1580,6 +1590,46 @@ class UNet(nn.Module):
         skip = torch.relu(self.down(x))
         x = torch.relu(self.bottom(F.max_pool2d(skip, 2)))
         return self.out(torch.cat([skip, torch.relu(self.up(x))], 1))
+
+
+class Mixed(nn.Module):
+    """Convolutions of several kernels beside each other (MixNet), as in an Inception block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.deep = nn.Conv2d(3, 3, 5, padding=2, groups=3)
+        self.up = nn.ConvTranspose2d(3, 4, 3, padding=1, groups=1)
+        self.norm = nn.BatchNorm2d(11)
+        self.out = nn.Conv2d(11, 6, 1)
+        self.last = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        beside = torch.cat([self.deep(x), self.up(x)], 1)
+        y = torch.relu(self.norm(torch.cat([self.plain(x), beside], 1)))
+        halves = self.out(y[:2]), self.out(y[2:])
+        return self.last(torch.cat(halves))
+
+
+class Reshaped(nn.Module):
+    """BatchNorm over tokens, which go back to where the linear layer had them (LeViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(16, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        y = self.linear(x.flatten(2))
+        return self.norm(y.flatten(0, 1)).reshape_as(y).relu()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("network", [Mixed, Reshaped], ids=lambda network: network.__name__)
+def test_what_is_joined_and_what_is_reshaped(network, dynamic):
+    model, x = roughened(network()).eval(), torch.randn(4, 3, 4, 4)
+    assert_agrees(model, x, dynamic=dynamic)
+    assert all(site.actions == [RULE] for site in normfx.report().sites)
+    assert not set(lowered()) & {"batch_norm", "rsqrt", "mul"}
 
 
 # network -> (norms, norms that stay)
