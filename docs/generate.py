@@ -127,12 +127,14 @@ def rules_page() -> str:
 def refusing_stages() -> dict[str, set[str]]:
     """The stages whose files name a refusal, by the member's name."""
     found: dict[str, set[str]] = {}
-    folders = (PACKAGE / "passes", PACKAGE / "calibration")
+    folders = (PACKAGE / "passes", PACKAGE / "calibration", PACKAGE / "conversion")
     files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     for path in (PACKAGE / "pipeline.py", PACKAGE / "bake" / "plan.py", *files):
         stage = "recognise" if path.stem in RECOGNITION else path.stem
         if path.parent.name == "bake":
             stage = "bake"
+        if path.parent.name == "conversion":
+            stage = "convert"
         if path.parent.name == "calibration":  # what the rule asks of a site
             stage = "calibrated"
         if stage in ("pipeline", "verdict"):  # the reasons of all rules

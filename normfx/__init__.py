@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from normfx.calibration.sensitivity import Sensitivity as Sensitivity
     from normfx.calibration.sensitivity import sensitivity as sensitivity
     from normfx.calibration.statistics import Statistics as Statistics
+    from normfx.conversion.convert import convert as convert
+    from normfx.conversion.converted import Converted as Converted
     from normfx.errors import BakeError as BakeError
+    from normfx.errors import ConversionError as ConversionError
     from normfx.errors import NormfxError as NormfxError
     from normfx.errors import OptionError as OptionError
     from normfx.errors import StageError as StageError
@@ -46,6 +49,9 @@ _HOMES = {
     "Sensitivity": "calibration.sensitivity",
     "sensitivity": "calibration.sensitivity",
     "Statistics": "calibration.statistics",
+    "convert": "conversion.convert",
+    "Converted": "conversion.converted",
+    "ConversionError": "errors",
     "NormfxError": "errors",
     "OptionError": "errors",
     "StageError": "errors",
@@ -66,6 +72,8 @@ _HOMES = {
 __all__ = [
     "BakeError",
     "Baked",
+    "ConversionError",
+    "Converted",
     "Invariance",
     "NormfxError",
     "OptionError",
@@ -81,6 +89,7 @@ __all__ = [
     "__version__",
     "bake_",
     "calibrate",
+    "convert",
     "explain",
     "refold",
     "report",

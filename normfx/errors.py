@@ -15,6 +15,10 @@ class BakeError(NormfxError, RuntimeError):
     """`bake_` cannot bake this model, or cannot undo it. Nothing was changed."""
 
 
+class ConversionError(NormfxError, ValueError):
+    """`convert` was asked for what it cannot do. Nothing was changed."""
+
+
 class StageError(NormfxError, RuntimeError):
     """A stage failed, under `strict`. Its cause is the exception that the stage raised."""
 

@@ -63,6 +63,14 @@ class Refusal(enum.Enum):
     NOT_CHOSEN = "site-not-chosen"
     NOT_PER_CHANNEL = "not-per-channel"
     NOT_MEASURED = "site-not-measured"
+    # convert
+    ALREADY = "already-so"
+    MORE_THAN_NORM = "more-than-a-norm"
+    FURTHER_ARGUMENTS = "further-arguments"
+    NO_STATISTIC = "no-statistic"
+    NO_MODULE = "no-module"
+    IS_THE_MODEL = "is-the-model"
+    NEEDS_BATCH_NORM = "needs-batch-norm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +256,31 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.NOT_MEASURED: Explanation(
         "The statistics say why this norm could not be measured by itself.",
         "See `Statistics.refused`.",
+    ),
+    Refusal.ALREADY: Explanation("The norm is of the kind that was asked for.", "Nothing to do."),
+    Refusal.MORE_THAN_NORM: Explanation(
+        "The module computes more than one norm of its input, or another one in training mode.",
+        "Make the norm a module of its own.",
+    ),
+    Refusal.FURTHER_ARGUMENTS: Explanation(
+        "The module computes a norm, but takes further arguments, of which no layer knows.",
+        "Give its forward method one argument.",
+    ),
+    Refusal.NO_STATISTIC: Explanation(
+        "The module is a constant affine map: it takes no statistic of its input.",
+        "Nothing to do; a compilation folds it.",
+    ),
+    Refusal.NO_MODULE: Explanation(
+        "The norm is computed inside of a module that computes more; only modules are swapped.",
+        "Make the norm a module of its own, or compile with the option `statistics`.",
+    ),
+    Refusal.IS_THE_MODEL: Explanation(
+        "The norm is the whole model, so there is nothing that it could be swapped in.",
+        "Wrap it: torch.nn.Sequential(norm).",
+    ),
+    Refusal.NEEDS_BATCH_NORM: Explanation(
+        "Only a BatchNorm of torch with running statistics can become a layer of this kind.",
+        "Train with BatchNorm, or convert to another kind.",
     ),
     Refusal.NOT_TRACKED: Explanation(
         "A parameter was made in inference mode, so changes to it cannot be noticed.",

@@ -7,11 +7,11 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normfx.record import REFUSALS, Journal, NearMiss, Record, Site
+from normfx.record import REFUSALS, Journal, NearMiss, Record, Refusal, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,3 +214,18 @@ def _rows(sites: Iterable[Site]) -> Iterable[tuple[str, ...]]:
 def _line(location: str) -> str:
     """The last two parts of a path, which is what tells one file from another."""
     return "/".join(location.replace("\\", "/").split("/")[-2:])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a plain table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def meanings(codes: Iterable[Refusal]) -> list[str]:
+    """One line for each code."""
+    found = sorted(set(codes), key=lambda code: code.value)
+    return [f"{code.value}: {REFUSALS[code].meaning} {REFUSALS[code].hint}" for code in found]

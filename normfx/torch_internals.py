@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -327,6 +328,69 @@ def size_hint(size: Any, unknown: int = 1) -> int:
     return unknown if hint is None else int(hint)
 
 
+def same_random_numbers(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """Leaves the generators as they are, so that a second run draws the same numbers."""
+    devices = {p.device for p in (*model.parameters(), *model.buffers())}
+    return torch.random.fork_rng(devices=[d.index for d in devices if d.type == "cuda"])
+
+
 def in_backward() -> bool:
     """Whether the autograd engine is running a backward pass on this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+# What a module has of hooks; a handle finds its hook in the same dict, wherever that hangs.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def share_hooks(new: torch.nn.Module, old: torch.nn.Module) -> None:
+    """Gives one module the hooks of another: handles that exist remove them from both."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Bypass:
+    """A switch of a module of torch that was turned: `undo` turns it back."""
+
+    module: Any
+    switch: str
+    before: Any
+
+    def undo(self) -> None:
+        """Turns it back."""
+        setattr(self.module, self.switch, self.before)
+
+
+def without_bypass(model: torch.nn.Module, changed: list[torch.nn.Module]) -> list[Bypass]:
+    """Stops torch's encoder layers from reading the parameters of norms past their modules.
+
+    `nn.TransformerEncoderLayer` in evaluation hands the weights of its norms to one fused operator,
+    which computes LayerNorms whatever modules stand there.
+
+    Args:
+        model: the whole model.
+        changed: modules some of whose norms are no LayerNorms any more.
+    """
+    turned: list[Bypass] = []
+
+    def turn(module: Any, switch: str, value: Any) -> None:
+        turned.append(Bypass(module, switch, getattr(module, switch)))
+        setattr(module, switch, value)
+
+    layers = [m for m in changed if isinstance(m, torch.nn.TransformerEncoderLayer)]
+    for layer in dict.fromkeys(layers):
+        turn(layer, "activation_relu_or_gelu", 0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.TransformerEncoder) and set(module.layers) & set(layers):
+            turn(module, "use_nested_tensor", False)
+    return turned

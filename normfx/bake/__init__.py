@@ -10,7 +10,6 @@ bias 0, mean 0, variance 1 - eps.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +22,9 @@ from normfx.bake.changes import Change, write
 from normfx.bake.plan import Plan
 from normfx.errors import BakeError
 from normfx.passes.neutral import mark
-from normfx.record import REFUSALS, Site
-from normfx.torch_internals import compile_alone, dynamo_error
+from normfx.record import Site
+from normfx.reports import columns, meanings
+from normfx.torch_internals import compile_alone, dynamo_error, same_random_numbers
 
 # Relative to the largest number of a result. A deep MobileNetV2 with random statistics is itself
 # 4e-4 away from its result in float64 (torch 2.13, CPU, float32).
@@ -63,7 +63,7 @@ def bake_(
             name = f" (its module {training[0]!r} is)" if training[0] else ""
             raise BakeError(f"the model is in training mode{name}: call model.eval() first.")
         with torch.inference_mode(False), torch.no_grad():
-            with _same_random_numbers(model):
+            with same_random_numbers(model):
                 plan, before = _planned(model, args, kwargs, clone=clone)
             changes = plan.changes(exact=exact_undo)
             baked = Baked(plan.journal.sites, plan.into, model, changes)
@@ -72,7 +72,7 @@ def bake_(
                 for change in changes:
                     change.install()
                 if verify:
-                    with _same_random_numbers(model):
+                    with same_random_numbers(model):
                         after = model(*args, **kwargs)
                     _compare(before, after)
             except BaseException:
@@ -134,16 +134,10 @@ class Baked:
         rows = [("norm", "kind", "into", "refused")]
         for site in self.sites:
             into = ", ".join(self.into.get(id(site), [])) or "-"
-            codes = ", ".join(dict.fromkeys(site.refusals)) or "-"
-            rows.append((site.name, site.kind, into, codes))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        for code in sorted({r.code for s in self.sites for r in s.records if r.code}, key=str):
-            lines.append(f"{code.value}: {REFUSALS[code].meaning} {REFUSALS[code].hint}")
-        return "\n".join(lines)
+            refused = ", ".join(dict.fromkeys(site.refusals)) or "-"
+            rows.append((site.name, site.kind, into, refused))
+        codes = (r.code for site in self.sites for r in site.records if r.code)
+        return "\n".join([*columns(rows), *meanings(codes)])
 
 
 def _planned(
@@ -174,12 +168,6 @@ def _planned(
     if len(plans) != 1:
         raise BakeError(f"the call is {len(plans)} graphs; it has to be one.")
     return plans[0], result
-
-
-def _same_random_numbers(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Leaves the generators as they are, so that a second run draws the same numbers."""
-    devices = {p.device for p in (*model.parameters(), *model.buffers())}
-    return torch.random.fork_rng(devices=[d.index for d in devices if d.type == "cuda"])
 
 
 def _compare(before: Any, after: Any) -> None:

@@ -12,7 +12,7 @@ compiles into one graph, in training and in evaluation.
     | `EvoNorm` | with the activation, B (batch) and S (sample) | its affine folds |
     | `FilterResponseNorm`, `GlobalResponseNorm` | of each channel of each image | |
     | `RegionNormBinary`, `RegionNormBasic`, `RegionNormLearnable` | of each region | |
-    | `LayerNorm2d`, `RMSNorm2d`, `SimpleNorm`, `SimpleNorm2d` | of each token or pixel | |
+    | `RMSNorm`, `SimpleNorm`; `LayerNorm2d`, `RMSNorm2d`, `SimpleNorm2d` | of each token; pixel | |
     | `SimpleRMSNorm`, `CRMSNorm` | of each token, without parameters | |
     | `AlphaBatchNorm`, `UnMixTNS` | test-time adaptation of a trained BatchNorm | |
     | `StdConv2d`, `ScaledStdConv2d`, `ScaledStdLinear` | of the weight | a plain layer |
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from normfx.nn.evonorm import EvoNorm as EvoNorm
     from normfx.nn.filter_response import FilterResponseNorm as FilterResponseNorm
     from normfx.nn.global_response import GlobalResponseNorm as GlobalResponseNorm
-    from normfx.nn.images import LayerNorm2d as LayerNorm2d
-    from normfx.nn.images import RMSNorm2d as RMSNorm2d
     from normfx.nn.masked_batch_norm import GraphBatchNorm as GraphBatchNorm
     from normfx.nn.masked_batch_norm import MaskedBatchNorm as MaskedBatchNorm
     from normfx.nn.placement import Placement as Placement
@@ -47,8 +45,11 @@ if TYPE_CHECKING:
     from normfx.nn.region import RegionNormBasic as RegionNormBasic
     from normfx.nn.region import RegionNormBinary as RegionNormBinary
     from normfx.nn.region import RegionNormLearnable as RegionNormLearnable
-    from normfx.nn.simple import SimpleNorm as SimpleNorm
-    from normfx.nn.simple import SimpleNorm2d as SimpleNorm2d
+    from normfx.nn.rows import LayerNorm2d as LayerNorm2d
+    from normfx.nn.rows import RMSNorm as RMSNorm
+    from normfx.nn.rows import RMSNorm2d as RMSNorm2d
+    from normfx.nn.rows import SimpleNorm as SimpleNorm
+    from normfx.nn.rows import SimpleNorm2d as SimpleNorm2d
     from normfx.nn.simple_rms import SimpleRMSNorm as SimpleRMSNorm
     from normfx.nn.standardized import ScaledStdConv2d as ScaledStdConv2d
     from normfx.nn.standardized import ScaledStdLinear as ScaledStdLinear
@@ -63,18 +64,19 @@ _HOMES = {
     "FilterResponseNorm": "filter_response",
     "GlobalResponseNorm": "global_response",
     "GraphBatchNorm": "masked_batch_norm",
-    "LayerNorm2d": "images",
+    "LayerNorm2d": "rows",
     "MaskedBatchNorm": "masked_batch_norm",
     "Placement": "placement",
     "PowerNorm": "power",
-    "RMSNorm2d": "images",
+    "RMSNorm": "rows",
+    "RMSNorm2d": "rows",
     "RegionNormBasic": "region",
     "RegionNormBinary": "region",
     "RegionNormLearnable": "region",
     "ScaledStdConv2d": "standardized",
     "ScaledStdLinear": "standardized",
-    "SimpleNorm": "simple",
-    "SimpleNorm2d": "simple",
+    "SimpleNorm": "rows",
+    "SimpleNorm2d": "rows",
     "SimpleRMSNorm": "simple_rms",
     "StdConv2d": "standardized",
     "UnMixTNS": "unmix",
@@ -97,6 +99,7 @@ __all__ = [
     "MaskedBatchNorm",
     "Placement",
     "PowerNorm",
+    "RMSNorm",
     "RMSNorm2d",
     "RegionNormBasic",
     "RegionNormBinary",

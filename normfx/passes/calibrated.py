@@ -100,11 +100,12 @@ def _check(
         )
     if name not in chosen:
         return Refused(Refusal.NOT_CHOSEN, node)
-    _check_numbers(name, measured, statistics)
+    check_numbers(name, measured, statistics)
     return measured
 
 
-def _check_numbers(name: str, measured: SiteStatistics, statistics: Statistics) -> None:
+def check_numbers(name: str, measured: SiteStatistics, statistics: Statistics) -> None:
+    """Raises where a site cannot be used: nothing was measured, or numbers are not finite."""
     if measured.moments.rows.item() <= 0:
         raise StatisticsError(f"site {name!r}: the statistics are of no rows. {_HINT}")
     bad = {
