@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -26,6 +27,8 @@ class Options:
         weights: "live" follows every update of a folded weight; "frozen" folds once and skips the
             check per call.
         rules: names of the exact rules that may run; None: all that are on by default.
+        skip: what not to do, each as "RULE@SITE" with the names that a report prints, or patterns
+            of them ("fold-*@encoder.*"): the rule then leaves that norm as it is.
         statistics: a `Statistics` of `normfx.calibrate`, or the path of its file: norms become the
             static maps that it gives (CALIBRATED).
         sites: names or patterns of the norms that become static; None: those that the statistics
@@ -37,6 +40,7 @@ class Options:
     lowering: Lowering = "inductor"
     weights: Weights = "live"
     rules: tuple[str, ...] | None = None
+    skip: tuple[str, ...] = ()
     statistics: Statistics | None = None
     sites: tuple[str, ...] | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -68,9 +72,14 @@ class Options:
             parsed.statistics.resolve(parsed.sites)  # raises for a site that it does not have
         return parsed
 
-    def allows(self, rule: str) -> bool:
-        """Whether an exact rule may run."""
-        return self.rules is None or rule in self.rules
+    def allows(self, rule: str, site: str | None = None) -> bool:
+        """Whether a rule may run, and may change this site, if one is given."""
+        on = self.rules is None or rule in self.rules
+        return on and not (site is not None and self.skips(rule, site))
+
+    def skips(self, rule: str, site: str) -> bool:
+        """Whether a rule, or recognition, or `lower`, is to leave this site as it is."""
+        return any(_matches(entry, rule, site) for entry in self.skip)
 
     def asks_for(self, rule: str) -> bool:
         """Whether a rule is named, so that it runs where it is off by default."""
@@ -80,6 +89,8 @@ class Options:
 def _checked(name: str, value: Any, hint: Any) -> Any:
     if name == "rules":
         return _checked_rules(value)
+    if name == "skip":
+        return _checked_skip(value)
     if name == "statistics":
         return _checked_statistics(value)
     if name == "sites":
@@ -108,6 +119,28 @@ def _checked_rules(value: Any) -> tuple[str, ...] | None:
         if rule not in RULES:
             raise OptionError(_unknown("rule", rule, set(RULES)))
     return rules
+
+
+def _checked_skip(value: Any) -> tuple[str, ...]:
+    from normfx.passes import RULES
+
+    entries = _strings("skip", value, "RULE@SITE")
+    for entry in entries:
+        rule, at, site = entry.partition("@")
+        if not (rule and at and site):
+            raise OptionError(f"option 'skip': expected RULE@SITE, got {entry!r}.")
+        known = {*RULES, "lower"}
+        if not rule.startswith("recognise-") and not fnmatch.filter(known, rule):
+            raise OptionError(_unknown("rule", rule, known))
+    return entries
+
+
+def _matches(entry: str, rule: str, site: str) -> bool:
+    """Whether an entry of `skip` is of this rule and site, by name or by pattern."""
+    if entry == f"{rule}@{site}":  # a name may have brackets, which are a pattern too
+        return True
+    rules, _, sites = entry.partition("@")
+    return fnmatch.fnmatchcase(rule, rules) and fnmatch.fnmatchcase(site, sites)
 
 
 def _checked_statistics(value: Any) -> Statistics | None:

@@ -95,7 +95,7 @@ def rewrite(
     watch("capture", captured)
     with _stage("recognise", journal):
         _bodies(captured, options, journal)
-        recognise(captured, journal, grad=grad)
+        recognise(captured, journal, grad=grad, options=options)
     watch("recognise", captured)
     if options.statistics is not None:
         with _stage("calibrate", journal):
@@ -127,7 +127,8 @@ def rewrite(
     watch("hoist", captured)
     with _stage("lower", journal):
         inference = not grad and not in_body
-        lower(captured, two_passes=inference and options.lowering == "inductor")
+        two_passes = inference and options.lowering == "inductor"
+        lower(captured, two_passes=two_passes, options=options)
         captured.graph.lint()
         captured.recompile()
     watch("lower", captured)

@@ -329,6 +329,7 @@ class Site:
         groups: how many groups a dim of `dims` is split into; 0: no groups.
         origin: the ATen operator, or "algebra" for a spelled-out one.
         on_weight: whether it normalizes a parameter (weight standardization, weight norm).
+        number: which of the norms of its name in the graph it is; 0: the first.
         records: every decision about it, in order.
     """
 
@@ -343,7 +344,13 @@ class Site:
     groups: int = 0
     origin: str = "algebra"
     on_weight: bool = False
+    number: int = 0
     records: list[Record] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """The name, with a number from the second of its name on: `norm#1`, as `skip` has it."""
+        return f"{self.name}#{self.number}" if self.number else self.name
 
     @property
     def actions(self) -> list[str]:

@@ -45,6 +45,9 @@ def test_defaults():
             {"rules": ["hoist", "fold-affine-into-liner"]},
             r"Did you mean 'fold-affine-into-linear'\?",
         ),
+        ({"skip": "hoist"}, r"option 'skip': expected a list of RULE@SITE, got 'hoist'"),
+        ({"skip": ["recentre"]}, r"option 'skip': expected RULE@SITE, got 'recentre'"),
+        ({"skip": ["recenter@0"]}, r"unknown rule 'recenter'. Did you mean 'recentre'\?"),
         (
             {"weights": ["live"]},
             r"option 'weights': expected one of 'live', 'frozen', got \['live'\]",

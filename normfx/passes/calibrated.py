@@ -22,7 +22,7 @@ from normfx.calibration.statistics import SiteStatistics, Statistics, digest_of
 from normfx.errors import StatisticsError
 from normfx.options import Options
 from normfx.passes.emit import Emitter
-from normfx.passes.verdict import Refused, change, refuse
+from normfx.passes.verdict import Refused, allows, change, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -76,7 +76,7 @@ def _check(
     *,
     in_body: bool,
 ) -> SiteStatistics | Refused:
-    if not options.allows(RULE):
+    if not allows(options, RULE, node):
         return Refused(Refusal.RULE_OFF, node)
     if in_body:
         return Refused(Refusal.IN_BODY, node)

@@ -31,7 +31,7 @@ from normfx.options import Options
 from normfx.passes.channels import Channels
 from normfx.passes.emit import Emitter
 from normfx.passes.readers import Reader, give, reader_of
-from normfx.passes.verdict import Refused, change, refuse
+from normfx.passes.verdict import Refused, allows, change, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -88,7 +88,7 @@ def compress(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -
     Every RMSNorm of an input of mean zero gets one record, if the rule is asked for.
 
     Refuses:
-        needs-grad, inside-a-body, weight-not-tracked, mutation-between, stream-read,
+        rule-off, needs-grad, inside-a-body, weight-not-tracked, mutation-between, stream-read,
         reader-not-linear, dim-not-last, weight-not-constant, range-too-small, other-width.
     """
     if not options.asks_for(RULE):
@@ -107,6 +107,9 @@ def compress(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -
             continue
         found = Refused(blocked, node) if blocked is not None else None
         found = found or _stream(node, set(sites), constant, written)
+        if isinstance(found, _Stream):
+            off = next((n for n in found.norms if not allows(options, RULE, n)), None)
+            found = found if off is None else Refused(Refusal.RULE_OFF, off)
         if isinstance(found, Refused):
             refuse(node, "fold", RULE, found)
             continue

@@ -29,7 +29,7 @@ from normfx.options import Options
 from normfx.passes.channels import Channels
 from normfx.passes.emit import Emitter
 from normfx.passes.readers import Reader, reader_of
-from normfx.passes.verdict import Refused, change, refuse
+from normfx.passes.verdict import Refused, allows, change, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -110,7 +110,7 @@ def _check(
     grad: bool,
 ) -> list[Reader] | Refused:
     x: Any = node.args[0]
-    if not options.allows(RULE):
+    if not allows(options, RULE, node):
         return Refused(Refusal.RULE_OFF, node)
     if grad:
         return Refused(Refusal.NEEDS_GRAD, node)
@@ -222,6 +222,7 @@ def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
     with graph.inserting_before(node):
         scale = graph.call_function(row_scale, (x, eps, square), {"spec": node.kwargs["spec"]})
     g.inherit_provenance(scale, node)
+    scale.meta["normfx_site"] = node.meta["normfx_site"]
     for reader in readers:
         _defer(graph, reader, x, scale)
     graph.erase_node(node)

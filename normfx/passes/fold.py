@@ -46,7 +46,7 @@ from normfx.passes.readers import (
 from normfx.passes.rounding import rounded
 from normfx.passes.sign import is_nonnegative
 from normfx.passes.values import Values
-from normfx.passes.verdict import Permit, Refused, change, refuse
+from normfx.passes.verdict import Permit, Refused, allows, change, refuse
 from normfx.record import Refusal
 from normfx.torch_internals import size_hint
 
@@ -278,7 +278,7 @@ def _affine_dim(
     operands: Any = [operand for operand in node.args[1:3] if operand is not None]
     if not operands:
         return Refused(Refusal.NOT_AFFINE, node)
-    if not options.allows(RULE):
+    if not allows(options, RULE, node):
         return Refused(Refusal.RULE_OFF, node)
     if blocked is not None:
         return Refused(blocked, node)

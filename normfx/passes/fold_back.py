@@ -26,7 +26,7 @@ from normfx.options import Options
 from normfx.passes.channels import channel_dim
 from normfx.passes.emit import Emitter
 from normfx.passes.values import Values
-from normfx.passes.verdict import Permit, Refused, change, refuse
+from normfx.passes.verdict import Permit, Refused, allows, change, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -167,7 +167,7 @@ def given_channel(
     blocked: Refusal | None,
 ) -> int | Refused:
     """The dim that s and t of a norm with given statistics run along, if a rule may use them."""
-    if not options.allows(rule):
+    if not allows(options, rule, node):
         return Refused(Refusal.RULE_OFF, node)
     if blocked is not None:
         return Refused(blocked, node)

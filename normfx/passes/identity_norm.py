@@ -23,7 +23,7 @@ from torch import fx
 from normfx.analyses.bounds import Bounds, count, multiple
 from normfx.ops import NormSpec, norm
 from normfx.options import Options
-from normfx.passes.verdict import Refused, change, refuse
+from normfx.passes.verdict import Refused, allows, change, refuse
 from normfx.record import Refusal
 
 RULE = "identity-norm"
@@ -61,7 +61,7 @@ def identity_norm(gm: fx.GraphModule, options: Options) -> None:
 
 def _check(bounds: Bounds, node: fx.Node, options: Options) -> NormSpec | Refused:
     spec: Any = node.kwargs["spec"]
-    if not options.allows(RULE):
+    if not allows(options, RULE, node):
         return Refused(Refusal.RULE_OFF, node)
     source: Any = node.args[0]
     limit, times = bounds.of(source), multiple(spec, count(node))

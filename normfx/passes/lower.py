@@ -21,6 +21,7 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.ops import NormSpec, norm, row_scale
+from normfx.options import Options
 from normfx.torch_internals import fake_mode_of, real_tensors_allowed, trace_pre_dispatch
 
 aten = torch.ops.aten
@@ -29,13 +30,14 @@ aten = torch.ops.aten
 _SHORT_ROW = 1024
 
 
-def lower(gm: fx.GraphModule, *, two_passes: bool = False) -> None:
+def lower(gm: fx.GraphModule, *, two_passes: bool = False, options: Options | None = None) -> None:
     """Replaces every canonical node of the graph by ATen operators; changes the graph in place.
 
     Args:
         gm: the graph.
         two_passes: whether Inductor gets it and no gradients are wanted, so that the variance of
             rows on a CPU may be spelled out.
+        options: says which nodes to leave as they are; None: none.
     """
     bodies: dict[Any, fx.GraphModule] = {}
     done: dict[Any, fx.Node] = {}  # what is computed already, until one of its operands changes
@@ -46,6 +48,9 @@ def lower(gm: fx.GraphModule, *, two_passes: bool = False) -> None:
         if not g.is_call(node, norm, row_scale):
             if g.mutated_arguments(node):
                 done.clear()
+            continue
+        site: Any = node.meta.get("normfx_site")
+        if options is not None and site is not None and options.skips("lower", site.key):
             continue
         spec: Any = node.kwargs["spec"]
         key = (node.target, node.args, spec)

@@ -21,7 +21,7 @@ from normfx import graph as g
 from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.emit import Emitter
-from normfx.passes.verdict import change
+from normfx.passes.verdict import allows, change
 from normfx.record import Refusal
 from normfx.torch_internals import is_module_state
 
@@ -101,6 +101,8 @@ def neutral(
     for node in list(graph.find_nodes(op="call_function", target=norm)):
         source: Any = node.args[0]
         if source in constant or str(g.shape(source)) != str(g.shape(node)):
+            continue
+        if not allows(options, RULE, node):
             continue
         found = _neutral_operands(node, known, options)
         # one tensor in place of two: no write to one of them may be seen in the other

@@ -31,7 +31,7 @@ from normfx.naming import name_of
 from normfx.ops import NormSpec, norm
 from normfx.options import Options
 from normfx.passes.facts import Facts
-from normfx.passes.verdict import Refused, change, refuse
+from normfx.passes.verdict import Refused, allows, change, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -94,7 +94,7 @@ def _check(
 ) -> NormSpec | Refused:
     first = chain[-1]
     x: Any = first.args[0]
-    if not options.allows(RULE):
+    if not (allows(options, RULE, node) and allows(options, RULE, first)):
         return Refused(Refusal.RULE_OFF, node)
     for inner in chain:
         if len(inner.users) > 1:

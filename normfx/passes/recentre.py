@@ -33,7 +33,7 @@ from normfx.laws import ARRANGEMENTS, VIEWS
 from normfx.ops import NormSpec, norm
 from normfx.options import Options
 from normfx.passes.emit import Emitter
-from normfx.passes.verdict import Refused, change, refuse
+from normfx.passes.verdict import Refused, allows, change, refuse
 from normfx.record import Refusal
 from normfx.torch_internals import size_hint
 
@@ -78,7 +78,7 @@ def recentre(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -
     blind: MeanBlind | None = None
     if sites and blocked is None and options.allows(RULE):
         blind = MeanBlind(gm.graph)
-        plans = _plans(gm.graph, sites, blind)
+        plans = _plans(gm.graph, [n for n in sites if allows(options, RULE, n)], blind)
     for node in sites:
         plan = plans.get(node) or _switched_off(node, options, blocked)
         if isinstance(plan, Refused):
@@ -101,7 +101,7 @@ def _ordered(plan: Zero) -> list[Use]:
 
 
 def _switched_off(node: fx.Node, options: Options, blocked: Refusal | None) -> Refused:
-    if blocked is None or not options.allows(RULE):
+    if blocked is None or not allows(options, RULE, node):
         return Refused(Refusal.RULE_OFF, node)
     return Refused(blocked, node)
 

@@ -10,6 +10,7 @@ The graph runs after this stage; inner values that are read from outside stay wh
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from normfx import graph as g
 from normfx.laws import ARRANGEMENTS, VIEWS
 from normfx.naming import name_of
 from normfx.ops import NormSpec, norm, short
+from normfx.options import Options
 from normfx.passes.affine import extend
 from normfx.passes.composites import Core, composite
 from normfx.passes.facts import Facts
@@ -30,7 +32,9 @@ from normfx.record import Journal, NearMiss, Record, Refusal, Site
 aten = torch.ops.aten
 
 
-def recognise(gm: fx.GraphModule, journal: Journal, *, grad: bool) -> None:
+def recognise(
+    gm: fx.GraphModule, journal: Journal, *, grad: bool, options: Options | None = None
+) -> None:
     """Replaces every normalization of the graph by a canonical node, and records each.
 
     Args:
@@ -38,6 +42,7 @@ def recognise(gm: fx.GraphModule, journal: Journal, *, grad: bool) -> None:
         journal: gets a `Site` for each norm, in the order of the graph, and a `NearMiss` for what
             is none.
         grad: whether gradients flow through the graph (then `detach` is no identity).
+        options: says which norms to leave as they are; None: none.
 
     Refuses:
         see `record.REFUSALS`, section recognition.
@@ -47,15 +52,24 @@ def recognise(gm: fx.GraphModule, journal: Journal, *, grad: bool) -> None:
     misses: list[tuple[fx.Node | None, NearMiss]] = []
     placed: set[fx.Node] = set()  # nodes that are part of a norm
     missed: set[fx.Node] = set()  # nodes that a near miss stands for
+    numbers = Counter[str]()  # how many norms there are of a name
 
     def place(cores: list[tuple[fx.Node, Core]], region: list[fx.Node]) -> None:
         placed.update(region)
         for index, (node, core) in enumerate(cores):
+            name = _name(node)
+            number, rule = numbers[name], _rule(core.spec)
+            if options is not None and options.skips(rule, f"{name}#{number}" if number else name):
+                numbers[name] += 1
+                continue
             made = _place(facts, node, core, region)
             if isinstance(made, NearMiss):
                 misses.append((None, made))
             elif made is not None:
-                sites.append((facts.order[made.node], made.node.meta["normfx_site"]))
+                site = made.node.meta["normfx_site"]
+                site.number = number
+                numbers[name] += 1
+                sites.append((facts.order[made.node], site))
                 read = {n for _, later in cores[index + 1 :] for n in later.inputs}
                 g.erase_dead({*region, *made.taken, node} - read, facts.order)
                 share(facts, made.node, made.core)
@@ -161,9 +175,13 @@ def _place(
     made.meta["normfx_site"] = site
     made.meta["normfx_region"] = last.name
     last.replace_all_uses_with(made, propagate_meta=False)
-    rule = f"recognise-{spec.origin.replace('_', '-')}"
-    site.records.append(Record("recognise", rule, True, None, made.name, site.location))
+    site.records.append(Record("recognise", _rule(spec), True, None, made.name, site.location))
     return Placed(made, extended, taken)
+
+
+def _rule(spec: NormSpec) -> str:
+    """The name under which recognition reports a norm."""
+    return f"recognise-{spec.origin.replace('_', '-')}"
 
 
 def _needed(node: fx.Node, region: list[fx.Node]) -> list[fx.Node]:

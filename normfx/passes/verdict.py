@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import fx
 
 from normfx import graph as g
 from normfx.record import Record, Refusal
+
+if TYPE_CHECKING:
+    from normfx.options import Options  # which reads statistics, and these the codes here
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,11 @@ class Refused:
 
 # What may still refuse a plan that a rule holds legal, for a norm: the caller of the rule.
 Permit: TypeAlias = Callable[[fx.Node, Any], "Refused | None"]
+
+
+def allows(options: Options, rule: str, norm: fx.Node) -> bool:
+    """Whether a rule may run at all, and on this canonical norm."""
+    return options.allows(rule, norm.meta["normfx_site"].key)
 
 
 def refuse(norm: fx.Node, stage: str, rule: str, refused: Refused) -> None:
