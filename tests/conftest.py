@@ -14,6 +14,11 @@ import torch
 
 import normfx
 
+# Without a GPU, the kernels run in Triton's interpreter. Triton reads this when it is imported, so it holds for the
+# session; nothing but Triton's own decorator reads it. What has to be compiled is, in a process without it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 torch.set_num_threads(1)
 
 
