@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from normfx.calibration.statistics import Statistics as Statistics
     from normfx.conversion.convert import convert as convert
     from normfx.conversion.converted import Converted as Converted
+    from normfx.conversion.schedule import GradualConversion as GradualConversion
     from normfx.errors import BakeError as BakeError
     from normfx.errors import ConversionError as ConversionError
     from normfx.errors import NormfxError as NormfxError
@@ -51,6 +52,7 @@ _HOMES = {
     "Statistics": "calibration.statistics",
     "convert": "conversion.convert",
     "Converted": "conversion.converted",
+    "GradualConversion": "conversion.schedule",
     "ConversionError": "errors",
     "NormfxError": "errors",
     "OptionError": "errors",
@@ -74,6 +76,7 @@ __all__ = [
     "Baked",
     "ConversionError",
     "Converted",
+    "GradualConversion",
     "Invariance",
     "NormfxError",
     "OptionError",

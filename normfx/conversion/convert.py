@@ -72,17 +72,27 @@ def convert(
             does not take. Nothing was changed.
         StatisticsError: the statistics are of another model, or not finite. Nothing was changed.
     """
-    model = getattr(model, "_orig_mod", model)
-    if to not in TARGETS:
-        raise ConversionError(f"cannot convert to {to!r}: expected one of {', '.join(TARGETS)}.")
     plan = _Plan(model, to, statistics, filter, options)
     record = Converted(to, plan.swaps, plan.kept)
     with torch.inference_mode(False), torch.no_grad():
         for swap in plan.swaps:
             _swap(swap)
         changed = [parent for swap in plan.swaps for parent, _ in swap._places]
-        record._bypasses = without_bypass(model, changed)
+        record._bypasses = without_bypass(plan.model, changed)
     return record
+
+
+def convertible(
+    model: nn.Module,
+    to: str,
+    *,
+    statistics: Statistics | None = None,
+    filter: Filter = None,
+    **options: Any,
+) -> tuple[str, ...]:
+    """The names of the norms that `convert` would swap; nothing is changed."""
+    plan = _Plan(model, to, statistics, filter, options)
+    return tuple(swap.names[0] for swap in plan.swaps)
 
 
 class _Plan:
@@ -96,6 +106,10 @@ class _Plan:
         filter: Filter,
         options: Mapping[str, Any],
     ) -> None:
+        if to not in TARGETS:
+            known = ", ".join(TARGETS)
+            raise ConversionError(f"cannot convert to {to!r}: expected one of {known}.")
+        self.model = model = getattr(model, "_orig_mod", model)
         self.swaps: list[Swap] = []
         self.kept: list[Kept] = []
         self._to, self._options, self._statistics = to, dict(options), statistics
