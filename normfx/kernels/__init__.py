@@ -57,10 +57,12 @@ def kernels() -> tuple[Kernel, ...]:
     """The table; empty without Triton. The operators of its kernels exist after this call."""
     if not has_triton():
         return ()
-    from normfx.kernels import row  # noqa: F401 (registers the operators)
+    from normfx.kernels import channel, linear, row  # noqa: F401 (registers the operators)
+    from normfx.kernels.channel_table import CHANNEL_KERNELS
+    from normfx.kernels.linear_table import LINEAR_KERNELS
     from normfx.kernels.row_table import ROW_KERNELS
 
-    return (*ROW_KERNELS,)
+    return (*ROW_KERNELS, *LINEAR_KERNELS, *CHANNEL_KERNELS)
 
 
 def interpreted() -> bool:

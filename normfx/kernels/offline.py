@@ -45,7 +45,8 @@ class Build:
         label: what tells it from the others.
         kernel: the function that `triton.jit` made.
         arguments: each by its name: a dtype for a pointer to numbers of it, "i32" for an integer
-            (a multiple of 16), None for a pointer that is not given, and the constants' values.
+            (a multiple of 16), an integer that is known (a stride of 1), None for a pointer that
+            is not given, and the constants' values.
         num_warps: warps of a program.
         num_stages: stages of a software pipeline.
         targets: the names in `TARGETS` that it is for.
@@ -91,7 +92,7 @@ def build(what: Build, target: str) -> Footprint:
         raise ValueError(f"{what.label}: missing from, or unknown to, the kernel: {odd}")
     for index, (name, parameter) in enumerate(zip(names, what.kernel.params, strict=True)):
         value = what.arguments[name]
-        if parameter.is_constexpr or value is None:
+        if parameter.is_constexpr or value is None or isinstance(value, int):
             signature[name] = "constexpr"
             constants[name] = value
             continue

@@ -177,12 +177,11 @@ def row_norm_backward(
         dx, dgate, dweight, dbias = row_eager.backward(
             dy, dstream, x, gate, weight, bias, mean, square, parsed
         )
-        none = x.new_empty(0)
         return (
             dx,
-            none if gate is None or dgate is None else dgate.to(gate.dtype),
-            none if weight is None else dweight.to(weight.dtype),
-            none if bias is None else dbias.to(bias.dtype),
+            x.new_empty(0) if gate is None or dgate is None else dgate.to(gate.dtype),
+            x.new_empty(0) if weight is None else dweight.to(weight.dtype),
+            x.new_empty(0) if bias is None else dbias.to(bias.dtype),
         )
     return _backward(dy, dstream, x, gate, weight, bias, mean, square, parsed)
 
@@ -298,7 +297,6 @@ def _backward(
     rows, cols = x.shape
     launch = backward_launch(cols)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    none = torch.empty(0, dtype=x.dtype, device=x.device)
     swish = form.gate == "swish"
     dgate = None
     if gate is not None and not swish:
@@ -397,9 +395,9 @@ def _backward(
         dgate = dswish.sum(0).to(gate.dtype)
     return (
         dx,
-        none if dgate is None else dgate,
-        none if dweight is None or weight is None else dweight.sum(0).to(weight.dtype),
-        none if dbias is None or bias is None else dbias.sum(0).to(bias.dtype),
+        x.new_empty(0) if dgate is None else dgate,
+        x.new_empty(0) if dweight is None or weight is None else dweight.sum(0).to(weight.dtype),
+        x.new_empty(0) if dbias is None or bias is None else dbias.sum(0).to(bias.dtype),
     )
 
 

@@ -91,10 +91,15 @@ def output(
         h = h * (weight if form.weight_offset == 0.0 else weight + form.weight_offset)
     if bias is not None:
         h = h + bias
-    h = _ACTIVATIONS[form.activation](h.float())
+    h = activated(h.float(), form.activation)
     if form.gate == "after" and gate is not None:
         h = h * F.silu(gate.float())
     return h
+
+
+def activated(y: Tensor, activation: str) -> Tensor:
+    """act(y)."""
+    return _ACTIVATIONS[activation](y)
 
 
 def quantised(y: Tensor, form: RowForm) -> tuple[Tensor, Tensor]:
@@ -144,9 +149,9 @@ def backward(
         y = y if weight is None else y * (weight + form.weight_offset)
         y = (y if bias is None else y + bias).float()
         if form.gate == "after" and z is not None:
-            dgate = g * _ACTIVATIONS[form.activation](y) * _silu_slope(z)
+            dgate = g * activated(y, form.activation) * _silu_slope(z)
             g = g * F.silu(z)
-        g = g * _slope(y, form.activation)
+        g = g * activation_slope(y, form.activation)
     dweight = (g * normal.to(dtype_of(form.norm_dtype)).float()).sum(0)
     dbias = g.sum(0)
     g = g * form.scale
@@ -197,7 +202,8 @@ def _silu_slope(z: Tensor) -> Tensor:
     return s * (1 + z * (1 - s))
 
 
-def _slope(y: Tensor, activation: str) -> Tensor:
+def activation_slope(y: Tensor, activation: str) -> Tensor:
+    """D act / d y."""
     if activation == "relu":
         return (y > 0).float()
     if activation == "silu":
