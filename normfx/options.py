@@ -17,6 +17,61 @@ Weights = Literal["live", "frozen"]
 
 
 @dataclass(frozen=True, slots=True)
+class Adaptation:
+    """The option `test_time`: a name, or a mapping of these attributes.
+
+    Attributes:
+        kind: "alpha-bn" or "unmix-tns"; see `normfx.nn.AlphaBatchNorm` and `UnMixTNS`.
+        weight_of_test_batch: of alpha-BN, from 0 (as trained) to 1 (the batch alone).
+        components: of UnMix-TNS: how many.
+        momentum: of UnMix-TNS: how far its components move at a call.
+        temperature: of UnMix-TNS: of the softmax over the components.
+        seed: of UnMix-TNS: its components begin at random around the trained statistics.
+    """
+
+    kind: Literal["alpha-bn", "unmix-tns"]
+    weight_of_test_batch: float = 0.1
+    components: int = 16
+    momentum: float = 0.1
+    temperature: float = 0.07
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, given: Any) -> Adaptation | None:
+        """Raises OptionError where it is none."""
+        if given is None or isinstance(given, Adaptation):
+            return given
+        values = {"kind": given} if isinstance(given, str) else given
+        known = {f.name: f.type for f in fields(cls)}
+        kinds = get_args(get_type_hints(cls)["kind"])
+        if not isinstance(values, Mapping) or values.get("kind") not in kinds:
+            raise OptionError(
+                f"option 'test_time': expected one of {', '.join(map(repr, kinds))}, or a mapping "
+                f"with that as its 'kind', got {given!r}."
+            )
+        for name in values:
+            if name not in known:
+                raise OptionError(_unknown("entry of the option 'test_time'", name, set(known)))
+        made = cls(**values)
+        for name, least, most in (
+            ("weight_of_test_batch", 0, 1),
+            ("components", 1, None),
+            ("momentum", 0, 1),
+            ("temperature", 1e-6, None),
+            ("seed", 0, None),
+        ):
+            value, whole = getattr(made, name), known[name] == "int"
+            right = isinstance(value, int if whole else (int, float)) and value is not True
+            if not right or value < least or (most is not None and value > most):
+                upper = "" if most is None else f" to {most}"
+                raise OptionError(
+                    f"option 'test_time': expected {name} to be a {'whole ' * whole}number from "
+                    f"{least}{upper}, got {value!r}."
+                )
+        return made
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """The switches of normfx. All values are plain, so that they can be part of a cache key.
 
@@ -33,6 +88,8 @@ class Options:
             static maps that it gives (CALIBRATED).
         sites: names or patterns of the norms that become static; None: those that the statistics
             choose, or all.
+        test_time: "alpha-bn" or "unmix-tns", or a mapping with that as its "kind": the BatchNorms
+            of a model in evaluation adapt to what they are given (CALIBRATED); see `Adaptation`.
         inductor: Inductor's own options, passed on as they are.
     """
 
@@ -43,6 +100,7 @@ class Options:
     skip: tuple[str, ...] = ()
     statistics: Statistics | None = None
     sites: tuple[str, ...] | None = None
+    test_time: Adaptation | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -93,6 +151,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return _checked_skip(value)
     if name == "statistics":
         return _checked_statistics(value)
+    if name == "test_time":
+        return Adaptation.parse(value)
     if name == "sites":
         return None if value is None else _strings(name, value, "site names")
     choices = get_args(hint)

@@ -1,6 +1,6 @@
 """Pipeline: the order of the stages. Data flows one way; a stage never reaches back.
 
-    capture -> recognise -> calibrate -> rewrite -> fold -> hoist -> lower
+    capture -> recognise -> calibrate, test time -> rewrite -> fold -> hoist -> lower
 
 Each stage takes a graph that runs and leaves a graph that runs, and writes to the journal.
 """
@@ -34,6 +34,7 @@ from normfx.passes.norm_of_norm import norm_of_norm
 from normfx.passes.recentre import recentre
 from normfx.passes.recognise import recognise
 from normfx.passes.telescope import telescope
+from normfx.passes.test_time import adapted
 from normfx.passes.values import Values
 from normfx.passes.verdict import Permit
 from normfx.record import Journal, Refusal
@@ -101,6 +102,10 @@ def rewrite(
         with _stage("calibrate", journal):
             calibrated(captured, options, in_body=in_body)
         watch("calibrate", captured)
+    if options.test_time is not None:
+        with _stage("test-time", journal):
+            adapted(captured, options, grad=grad, in_body=in_body, inputs=inputs)
+        watch("test-time", captured)
     blocked = _blocked(grad, tracked, in_body)
     with _stage("rewrite", journal):
         norm_of_norm(captured, options, grad=grad)

@@ -71,6 +71,8 @@ class Refusal(enum.Enum):
     NO_MODULE = "no-module"
     IS_THE_MODEL = "is-the-model"
     NEEDS_BATCH_NORM = "needs-batch-norm"
+    # test time
+    NO_IMAGE = "no-image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +283,10 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.NEEDS_BATCH_NORM: Explanation(
         "Only a BatchNorm of torch with running statistics can become a layer of this kind.",
         "Train with BatchNorm, or convert to another kind.",
+    ),
+    Refusal.NO_IMAGE: Explanation(
+        "UnMix-TNS adapts the BatchNorms of images (batch, channels, height, width) only.",
+        "Nothing to do: it keeps its trained statistics, as in the released code.",
     ),
     Refusal.NOT_TRACKED: Explanation(
         "A parameter was made in inference mode, so changes to it cannot be noticed.",

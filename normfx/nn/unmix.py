@@ -129,15 +129,10 @@ class UnMixTNS(nn.Module):
     @torch.no_grad()
     def reset_components(self, generator: torch.Generator | None = None) -> None:
         """Spreads the components so that their mixture has the source's variance."""
-        shape = self.running_means_mat.shape
-        if shape[0] == 1:
-            self.running_means_mat.copy_(self.source_mean.expand(shape))
-            self.running_vars_mat.copy_(self.source_var.expand(shape))
-            return
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(self.source_var)
-        spread = (0.5 * shape[0] / (shape[0] - 1)) ** 0.5 * self.source_var.sqrt()
-        self.running_means_mat.copy_(self.source_mean + spread * noise)
-        self.running_vars_mat.copy_((0.5 * self.source_var).expand(shape))
+        count = self.running_means_mat.shape[0]
+        means, variances = components_of(self.source_mean, self.source_var, count, generator)
+        self.running_means_mat.copy_(means)
+        self.running_vars_mat.copy_(variances)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes each instance; moves the components towards the batch."""
@@ -156,13 +151,7 @@ class UnMixTNS(nn.Module):
         # Copies: the components move below, and a backward pass wants them as they were.
         means = keep(self.running_means_mat.to(wide.dtype))
         variances = keep(self.running_vars_mat.to(wide.dtype))
-        with torch.no_grad():
-            alike = F.cosine_similarity(mean.unsqueeze(1), means.unsqueeze(0), dim=-1)
-            p = torch.softmax(alike / self.temperature, 1).unsqueeze(-1)
-        mixed = torch.lerp(means.unsqueeze(0), mean.unsqueeze(1), p)
-        spread = torch.lerp(variances.unsqueeze(0), variance.unsqueeze(1), p)
-        centre = mixed.mean(1)
-        total = spread.mean(1) + mixed.square().mean(1) - centre.square()
+        p, centre, total = mixed(mean, variance, means, variances, self.temperature)
         if is_first_pass():
             self._move(p, mean.detach(), variance.detach(), means, variances)
         z = (wide - centre[..., None, None]) * torch.rsqrt(total + self.eps)[..., None, None]
@@ -187,3 +176,33 @@ class UnMixTNS(nn.Module):
         ):
             moved = across_ranks((p * (new.unsqueeze(1) - old)).sum(0), self.sync) / count
             running.copy_(old + self.momentum * moved)
+
+
+def components_of(
+    mean: Tensor, variance: Tensor, count: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Means and variances of components whose mixture has a mean and a variance: (K, C) each."""
+    shape = (count, *mean.shape)
+    if count == 1:
+        return mean.expand(shape), variance.expand(shape)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(variance)
+    spread = (0.5 * count / (count - 1)) ** 0.5 * variance.sqrt()
+    return mean + spread * noise, (0.5 * variance).expand(shape)
+
+
+def mixed(
+    mean: Tensor, variance: Tensor, means: Tensor, variances: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of each component in each instance, and the statistics of the mixture.
+
+    Shapes:
+        mean, variance: (B, C), of the instances. means, variances: (K, C), of the components.
+        Returns (B, K, 1), (B, C) and (B, C).
+    """
+    with torch.no_grad():
+        alike = F.cosine_similarity(mean.unsqueeze(1), means.unsqueeze(0), dim=-1)
+        p = torch.softmax(alike / temperature, 1).unsqueeze(-1)
+    mixture = torch.lerp(means.unsqueeze(0), mean.unsqueeze(1), p)
+    spread = torch.lerp(variances.unsqueeze(0), variance.unsqueeze(1), p)
+    centre = mixture.mean(1)
+    return p, centre, spread.mean(1) + mixture.square().mean(1) - centre.square()

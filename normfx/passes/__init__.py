@@ -38,6 +38,12 @@ RULES: dict[str, Rule] = {
         "Unified Normalization, arXiv 2208.01313",
         Exactness.CALIBRATED,
     ),
+    "test-time-norm": Rule(
+        "a BatchNorm in evaluation into one that adapts, if the option `test_time` asks for it",
+        "mean = (1 - a) running + a batch, var likewise; or a mixture of components that move",
+        "alpha-BN, arXiv 2110.04065; UnMix-TNS, ICLR 2024",
+        Exactness.CALIBRATED,
+    ),
     "norm-of-norm": Rule(
         "a norm of the result of a norm into one",
         "RMS(RMS(x; e1); e2) = (1 + e2)^(-1/2) RMS(x; e1 e2 / (1 + e2))",

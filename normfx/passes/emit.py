@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,35 @@ class Emitter:
             return like
         with g.fake_mode(self.at), torch.no_grad():
             return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def inline(
+    graph: fx.Graph, template: fx.Graph, inputs: Iterable[fx.Node], at: fx.Node
+) -> tuple[fx.Node, ...]:
+    """Copies a traced function to where the graph inserts.
+
+    Args:
+        graph: the graph.
+        template: of the function.
+        inputs: its arguments, in order.
+        at: the node whose place in the user's code the new ones have.
+
+    Returns:
+        Its results.
+    """
+    given = iter(inputs)
+    copies: dict[fx.Node, fx.Node] = {}
+    results: Any = None
+    for inner in template.nodes:
+        if inner.op == "placeholder":
+            copies[inner] = next(given)
+        elif inner.op == "output":
+            results = inner.args[0]
+        else:
+            copies[inner] = graph.node_copy(inner, lambda n: copies[n])
+            g.inherit_provenance(copies[inner], at)
+    results = results if isinstance(results, (tuple, list)) else (results,)
+    return tuple(copies[result] for result in results)
 
 
 def erase_unused(graph: fx.Graph, kept: Sequence[fx.Node]) -> None:

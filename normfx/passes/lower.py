@@ -22,6 +22,7 @@ from torch import fx
 from normfx import graph as g
 from normfx.ops import NormSpec, norm, row_scale
 from normfx.options import Options
+from normfx.passes.emit import inline
 from normfx.torch_internals import fake_mode_of, real_tensors_allowed, trace_pre_dispatch
 
 aten = torch.ops.aten
@@ -210,16 +211,5 @@ def _as_body(
         mode = fake_mode_of(fakes)
         with real_tensors_allowed(mode), mode:
             bodies[key] = trace_pre_dispatch(body, fakes)
-    template = bodies[key].graph
-    inputs = iter(operands_of[i] for i in present)
-    copies: dict[fx.Node, fx.Node] = {}
-    result: Any = None
-    for inner in template.nodes:
-        if inner.op == "placeholder":
-            copies[inner] = next(inputs)
-        elif inner.op == "output":
-            result = copies[inner.args[0]]
-        else:
-            copies[inner] = graph.node_copy(inner, lambda n: copies[n])
-            g.inherit_provenance(copies[inner], node)
+    (result,) = inline(graph, bodies[key].graph, (operands_of[i] for i in present), node)
     return result
