@@ -41,7 +41,7 @@ class Adaptation:
         """Raises OptionError where it is none."""
         if given is None or isinstance(given, Adaptation):
             return given
-        values = {"kind": given} if isinstance(given, str) else given
+        values: Any = {"kind": given} if isinstance(given, str) else given
         known = {f.name: f.type for f in fields(cls)}
         kinds = get_args(get_type_hints(cls)["kind"])
         if not isinstance(values, Mapping) or values.get("kind") not in kinds:
