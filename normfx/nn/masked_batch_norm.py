@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfx.nn import launched
 from normfx.nn.channels import Channels, statistics_dtype
 from normfx.nn.moments import channel_moments, unbiased
 from normfx.nn.state import is_first_pass
@@ -79,7 +80,8 @@ class MaskedBatchNorm(nn.Module):
             scale = self.weight * torch.rsqrt(self.running_var + self.eps)
             shift = self.bias - self.running_mean * scale
             return (x * channels.align(scale) + channels.align(shift)).to(x.dtype)
-        wide = x.to(statistics_dtype(x))
+        is_launched = launched.is_launched(x, self.sync)
+        wide = x if is_launched else x.to(statistics_dtype(x))
         padding = None
         if pad_mask is not None:
             padding = channels.align_mask(pad_mask, x, "MaskedBatchNorm")
@@ -88,6 +90,8 @@ class MaskedBatchNorm(nn.Module):
             with torch.no_grad():
                 self._note(mean, unbiased(variance, count), count)
         scale = self.weight * torch.rsqrt(variance + self.eps)
+        if is_launched:
+            return launched.affine(x, channels, scale, self.bias, mean)
         y = (wide - channels.align(mean)) * channels.align(scale) + channels.align(self.bias)
         return y.to(x.dtype)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfx.nn import launched
 from normfx.nn.channels import Channels
 from normfx.nn.ranks import across_ranks
 
@@ -22,6 +23,11 @@ def channel_moments(
         padding: broadcasts against x, True where x does not count.
         Returns (C,), (C,) and (1,). Without any position that counts, zeros.
     """
+    if launched.is_launched(x, sync):
+        h = launched.flat(x, channels)
+        counted = None if padding is None else launched.flat_mask(~padding, h)
+        n, mean, m2 = launched.operators().channel_moments(h, counted, True, 1)[0].unbind()
+        return mean, m2 / n.clamp(min=1), n[:1].detach()
     if padding is None:
         count = x.new_full((1,), channels.positions)
     else:

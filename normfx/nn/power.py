@@ -30,9 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from normfx.nn import launched
 from normfx.nn.channels import Channels, statistics_dtype
 from normfx.nn.ranks import across_ranks
 from normfx.nn.state import is_first_pass, keep, now
+from normfx.nn.unified import square_sums
 
 GROUP_SCALING_EPS = 1e-5
 
@@ -156,16 +158,14 @@ class PowerNorm(nn.Module):
 
     def _moment(self, x: Tensor, pad_mask: Tensor | None, channels: Channels) -> Tensor:
         """The mean of x^2 over the positions that count; running_phi where there are none."""
-        square = x.to(statistics_dtype(x)).square()
-        count = square.new_full((1,), channels.positions)
+        padding = None
         if pad_mask is not None:
-            padding, layer = pad_mask, "PowerNorm"
+            layer = "PowerNorm"
             if not self.batch_first and x.dim() == 3 and channels.dim == 2 and pad_mask.dim() == 2:
-                padding = pad_mask.transpose(0, 1)
+                pad_mask = pad_mask.transpose(0, 1)
                 layer = "PowerNorm, for time first its mask (batch, time) transposed"
-            square = torch.where(channels.align_mask(padding, x, layer), 0.0, square)
-            count = (~pad_mask).sum().to(square.dtype).reshape(1)
-        total = across_ranks(torch.cat((channels.sum(square), count)), self.sync)
+            padding = channels.align_mask(pad_mask, x, layer)
+        total = across_ranks(square_sums(x, channels, pad_mask, padding), self.sync)
         total, count = total[:-1], total[-1:]
         return torch.where(count > 0, total / count, self.running_phi.reshape(-1).to(total.dtype))
 
@@ -225,7 +225,10 @@ class _Normalize(torch.autograd.Function):
         ctx.state, ctx.settings, ctx.channels = state, settings, channels
         # Of what a checkpoint runs again, the first run has advanced the state or is to do so.
         ctx.advanced = not is_first_pass()
-        z = x.to(kept.dtype) * channels.align(torch.rsqrt(kept[1] + settings.eps))
+        inverse = torch.rsqrt(kept[1] + settings.eps)
+        if launched.is_launched(x):
+            return launched.affine(x, channels, inverse * weight, bias)
+        z = x.to(kept.dtype) * channels.align(inverse)
         return (z * channels.align(weight) + channels.align(bias)).to(x.dtype)
 
     @staticmethod
@@ -234,10 +237,17 @@ class _Normalize(torch.autograd.Function):
         x, weight, kept = ctx.saved_tensors
         settings, channels = ctx.settings, ctx.channels
         moment, divisor = kept.unbind()
-        z = x.to(kept.dtype) * channels.align(torch.rsqrt(divisor + settings.eps))
-        d = dy.to(kept.dtype)
-        dz = channels.sum(d * z)
-        dbias = channels.sum(d)
+        inverse = torch.rsqrt(divisor + settings.eps)
+        is_launched = launched.is_launched(x)
+        if is_launched:
+            z, d = launched.flat(x, channels), launched.flat(dy, channels)
+            dbias, dz, zz = launched.operators().channel_sums(d, z, None, True).unbind()
+            dz, zz = inverse * dz, inverse * inverse * zz
+        else:
+            z = x.to(kept.dtype) * channels.align(inverse)
+            d = dy.to(kept.dtype)
+            dz, zz = channels.sum(d * z), channels.sum(z * z)
+            dbias = channels.sum(d)
 
         first = True
         if not torch.compiler.is_compiling():
@@ -247,9 +257,8 @@ class _Normalize(torch.autograd.Function):
         ema = state.ema_gz.reshape(-1).to(kept.dtype)
         correction = (1 - settings.alpha_backward) * ema
         wide = weight.to(kept.dtype)
-        g = d * channels.align(wide) - channels.align(correction) * z
         # The sum of g * z is made of sums that are needed anyway, but for that of z * z.
-        total = wide * dz - correction * channels.sum(z * z)
+        total = wide * dz - correction * zz
         total = torch.cat((total, total.new_full((1,), channels.positions)))
         total = across_ranks(total, settings.sync)
         moved = ema + total[:-1] / total[-1:]
@@ -258,7 +267,14 @@ class _Normalize(torch.autograd.Function):
         ctx.state.ema_gz.copy_(moved.reshape(ctx.state.ema_gz.shape))
         if first:
             _advance(ctx.state, moment, settings, state.iters + 1, state)
-        dx = g * channels.align(torch.rsqrt(moment + settings.eps))
+        last = torch.rsqrt(moment + settings.eps)
+        if is_launched:
+            a, b = wide * last, -correction * inverse * last
+            dx = launched.operators().channel_affine(d, z, a, b, None, None, None)
+            dx = launched.unflat(dx, x, channels)
+        else:
+            g = d * channels.align(wide) - channels.align(correction) * z
+            dx = g * channels.align(last)
         return dx.to(x.dtype), dz.to(weight.dtype), dbias.to(weight.dtype), *[None] * 4
 
 

@@ -14,11 +14,14 @@ def across_ranks(sums: Tensor, sync: bool) -> Tensor:
 
     The gradient is summed over the ranks too: each rank's loss reads the same total.
     """
-    if not sync or not dist.is_available() or not dist.is_initialized():
-        return sums
-    if dist.get_world_size() == 1:
+    if not sync or is_alone():
         return sums
     return _AllReduce.apply(sums) if sums.requires_grad else _all_reduced(sums)
+
+
+def is_alone() -> bool:
+    """Whether there is no other rank."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def _all_reduced(sums: Tensor) -> Tensor:

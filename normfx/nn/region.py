@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfx.nn import launched
 from normfx.nn.channels import Channels, statistics_dtype
 from normfx.nn.ranks import across_ranks
 
@@ -56,7 +57,20 @@ class _Regions(nn.Module):
         return F.interpolate(mask.detach().to(statistics_dtype(x)), x.shape[2:], mode="nearest")
 
     def _regions(self, x: Tensor, mask: Tensor) -> Tensor:
+        if launched.is_launched(x, self.sync):
+            return self._both(x, mask)
         return self._region(x, mask) + self._region(x, 1 - mask)
+
+    def _both(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Both regions, whose moments come from one reading of x."""
+        channels = Channels(x, self.channels, 1, type(self).__name__)
+        h, marked = launched.flat(x, channels), mask > 0
+        moments = launched.operators().channel_moments(h, marked.flatten(1), True, 2)
+        n, mean, m2 = moments.unbind(1)
+        size = n.clamp(min=1)
+        scale = torch.rsqrt(m2 / size + self.eps * channels.positions / size)
+        means, scales = ([channels.align(of) for of in both] for both in (mean, scale))
+        return (x - torch.where(marked, *means)) * torch.where(marked, *scales)
 
     def _region(self, x: Tensor, mask: Tensor) -> Tensor:
         channels = Channels(x, self.channels, 1, type(self).__name__)

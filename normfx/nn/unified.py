@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from normfx.nn import launched
 from normfx.nn.channels import Channels, statistics_dtype
 from normfx.nn.ranks import across_ranks
 from normfx.nn.state import is_first_pass, keep, now
@@ -165,13 +166,8 @@ class UnifiedNorm(nn.Module):
 
     def _moment(self, x: Tensor, pad_mask: Tensor | None, channels: Channels) -> Tensor:
         """The mean of x^2 over the positions that count; running_var where there are none."""
-        square = x.detach().to(statistics_dtype(x)).square()
-        count = square.new_full((1,), channels.positions)
-        if pad_mask is not None:
-            padding = channels.align_mask(pad_mask, x, "UnifiedNorm")
-            square = torch.where(padding, 0.0, square)
-            count = (~pad_mask).sum().to(square.dtype).reshape(1)
-        total = across_ranks(torch.cat((channels.sum(square), count)), self.sync)
+        padding = None if pad_mask is None else channels.align_mask(pad_mask, x, "UnifiedNorm")
+        total = across_ranks(square_sums(x.detach(), channels, pad_mask, padding), self.sync)
         total, count = total[:-1], total[-1:]
         return torch.where(count > 0, total / count, self.running_var.to(total.dtype))
 
@@ -219,6 +215,30 @@ class UnifiedNorm(nn.Module):
             if given.shape != own.shape and given.shape[1:] == own.shape[1:]:
                 fitted[prefix + window] = known.expand_as(own).clone()
         super()._load_from_state_dict(fitted, prefix, *args, **kwargs)
+
+
+def square_sums(
+    x: Tensor, channels: Channels, pad_mask: Tensor | None, padding: Tensor | None
+) -> Tensor:
+    """The sums of squares over the positions that count, and behind them their number: (C + 1,).
+
+    Args:
+        x: the input.
+        channels: where its channels are.
+        pad_mask: over positions, True where x is padding, or None.
+        padding: the same so that it broadcasts against x.
+    """
+    if launched.is_launched(x) and not x.requires_grad:
+        h = launched.flat(x, channels)
+        counted = None if pad_mask is None else launched.flat_mask(~pad_mask, h)
+        n, _, squares = launched.operators().channel_moments(h, counted, False, 1)[0].unbind()
+        return torch.cat((squares, n[:1]))
+    square = x.to(statistics_dtype(x)).square()
+    count = square.new_full((1,), channels.positions)
+    if pad_mask is not None and padding is not None:
+        square = torch.where(padding, 0.0, square)
+        count = (~pad_mask).sum().to(square.dtype).reshape(1)
+    return torch.cat((channels.sum(square), count))
 
 
 class _Batch(NamedTuple):
@@ -270,7 +290,10 @@ class _Normalize(torch.autograd.Function):
         ctx.state, ctx.settings, ctx.channels = state, settings, channels
         # Of what a checkpoint runs again, the first run has advanced the state or is to do so.
         ctx.advanced = not is_first_pass()
-        z = x.to(kept.dtype) * channels.align(torch.rsqrt(kept[1] + settings.eps))
+        inverse = torch.rsqrt(kept[1] + settings.eps)
+        if launched.is_launched(x):
+            return launched.affine(x, channels, inverse * weight, bias)
+        z = x.to(kept.dtype) * channels.align(inverse)
         return (z * channels.align(weight) + channels.align(bias)).to(x.dtype)
 
     @staticmethod
@@ -280,10 +303,16 @@ class _Normalize(torch.autograd.Function):
         settings, channels = ctx.settings, ctx.channels
         moment, v, rho = kept.unbind()
         inverse = torch.rsqrt(v + settings.eps)
-        z = x.to(v.dtype) * channels.align(inverse)
-        d = dy.to(v.dtype)
-        dbias = channels.sum(d)
-        dz = channels.sum(d * z)
+        is_launched = launched.is_launched(x)
+        if is_launched:
+            z, d = launched.flat(x, channels), launched.flat(dy, channels)
+            sums = launched.operators().channel_sums(d, z, None, False)
+            dbias, dz = sums[0], inverse * sums[1]
+        else:
+            z = x.to(v.dtype) * channels.align(inverse)
+            d = dy.to(v.dtype)
+            dbias = channels.sum(d)
+            dz = channels.sum(d * z)
         scale = weight.to(v.dtype) * rho
         total = torch.cat((dz, dz.new_full((1,), channels.positions)))
         total = across_ranks(total, settings.sync)
@@ -298,7 +327,12 @@ class _Normalize(torch.autograd.Function):
         psi = _smoothed(ctx.state, state, q, outlier, settings, step)
         if first:
             _advance(ctx.state, _Batch(moment, v, rho, outlier), settings, step, state)
-        dx = (d * channels.align(scale) - channels.align(psi) * z) * channels.align(inverse)
+        if is_launched:
+            a, b = scale * inverse, -psi * inverse * inverse
+            dx = launched.operators().channel_affine(d, z, a, b, None, None, None)
+            dx = launched.unflat(dx, x, channels)
+        else:
+            dx = (d * channels.align(scale) - channels.align(psi) * z) * channels.align(inverse)
         return dx.to(x.dtype), (rho * dz).to(weight.dtype), dbias.to(weight.dtype), *[None] * 5
 
 
