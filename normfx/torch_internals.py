@@ -334,6 +334,11 @@ def same_random_numbers(model: torch.nn.Module) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[d.index for d in devices if d.type == "cuda"])
 
 
+def is_transformed(held: torch.Tensor) -> bool:
+    """Whether a tensor is one of `torch.func.vmap` or its kin."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(held)  # pyright: ignore
+
+
 def in_backward() -> bool:
     """Whether the autograd engine is running a backward pass on this thread."""
     return torch._C._current_graph_task_id() != -1

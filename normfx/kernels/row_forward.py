@@ -337,7 +337,7 @@ def row_output(
 
     One scale for a whole row takes one pass more, to find the largest value.
     """
-    PASSES = tl.constexpr(2 if QUANTISE != "none" and BLOCK == 0 else 1)
+    PASSES: tl.constexpr = 2 if QUANTISE != "none" and BLOCK == 0 else 1  # pyright: ignore
     largest = tl.zeros([1], dtype=tl.float32)
     for step in tl.static_range(PASSES):  # pyright: ignore[reportGeneralTypeIssues]
         for start in range(first, end, BLOCK_N):

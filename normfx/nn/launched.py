@@ -15,6 +15,7 @@ from torch import Tensor
 from normfx.kernels import has_triton, runs_on
 from normfx.nn.channels import Channels
 from normfx.nn.ranks import is_alone
+from normfx.torch_internals import is_transformed
 
 # A CPU has them in Triton's interpreter alone, for the tests.
 DEVICES = ("cuda",)
@@ -26,8 +27,8 @@ def is_launched(x: Tensor, sync: bool = False) -> bool:
         return False
     if x.device.type not in DEVICES or not runs_on(x):
         return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return not wrapped and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    is_float = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return is_float and not is_transformed(x)  # vmap has no rule for them
 
 
 def operators() -> Any:

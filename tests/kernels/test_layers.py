@@ -122,3 +122,12 @@ def test_not_on_a_cpu_and_not_in_a_compiled_graph(monkeypatch):
         assert not launched.is_launched(x.double())
         torch.compile(layers.MaskedBatchNorm(C), backend="eager", fullgraph=True)(x)
         assert not calls
+
+
+def test_not_under_vmap(monkeypatch):
+    layer, x = layers.UnifiedNorm(C).eval().requires_grad_(False), torch.randn(3, 4, C)
+    with counted(monkeypatch) as calls:
+        seen = torch.vmap(lambda t: torch.full_like(t, launched.is_launched(t)))(x)
+        assert not seen.any()
+        assert torch.vmap(layer)(x).shape == x.shape
+        assert not calls
