@@ -201,13 +201,18 @@ def parameter_only(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op == "get_attr" and tensor(node) is not None and storage(node) not in written:
             state.add(node)
-        elif is_pure(node) and storage(node) not in written:
+        elif is_pure(node) and (storage(node) not in written or _is_made(node)):
             inputs = node.all_input_nodes
             if inputs and all(i in state for i in inputs):
                 state.add(node)
             elif not inputs and packet(node) not in _UNDEFINED:  # arange, full, zeros
                 state.add(node)
     return state
+
+
+def _is_made(node: fx.Node) -> bool:
+    """Whether a rule made a node, and gave it no value: nobody writes to it."""
+    return value(node) is None and bool(node.meta.get("normfx_rule"))
 
 
 def behind(nodes: list[fx.Node]) -> set[fx.Node]:

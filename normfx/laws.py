@@ -497,6 +497,23 @@ def _arranged(lift: Lift, node: fx.Node) -> Any:
 
 # What is read as a part of the average pool after it.
 PADS = frozenset({aten.pad, aten.constant_pad_nd})
+# What reads of its first operand only how it looks: its shape, dtype and device.
+ASKS = frozenset(
+    {
+        aten.sym_size,
+        aten.sym_stride,
+        aten.sym_numel,
+        aten._assert_tensor_metadata,
+        aten.zeros_like,
+        aten.ones_like,
+        aten.full_like,
+        aten.empty_like,
+        aten.new_zeros,
+        aten.new_ones,
+        aten.new_full,
+        aten.new_empty,
+    }
+)
 # Operators that group the same elements into other dims, and such as put dims in another order.
 VIEWS = frozenset(
     {

@@ -31,10 +31,12 @@ from normfx.passes.identity_norm import identity_norm
 from normfx.passes.lower import lower
 from normfx.passes.neutral import marked_inputs, neutral
 from normfx.passes.norm_of_norm import norm_of_norm
+from normfx.passes.open_clamp import open_clamp
 from normfx.passes.recentre import recentre
 from normfx.passes.recognise import recognise
 from normfx.passes.telescope import telescope
 from normfx.passes.test_time import adapted
+from normfx.passes.unread import unread
 from normfx.passes.values import Values
 from normfx.passes.verdict import Permit
 from normfx.record import Journal, Refusal
@@ -108,15 +110,17 @@ def rewrite(
         watch("test-time", captured)
     blocked = _blocked(grad, tracked, in_body)
     with _stage("rewrite", journal):
+        values = Values(captured, inputs)
+        unread(captured, options)
+        conditions = open_clamp(captured, options, blocked=blocked, values=values)
         norm_of_norm(captured, options, grad=grad)
         identity_norm(captured, options)
         recentre(captured, options, blocked=blocked)
     watch("rewrite", captured)
     with _stage("fold", journal):
         marked = marked_inputs(gm, inputs)
-        conditions = neutral(captured, options, marked, blocked=blocked)
+        conditions += neutral(captured, options, marked, blocked=blocked)
         fold_back(captured, options, blocked=blocked, permit=permit)
-        values = Values(captured, inputs)
         conditions += telescope(captured, options, blocked=blocked, values=values)
         conditions += fold(captured, options, blocked=blocked, permit=permit, values=values)
         compress(captured, options, blocked=blocked)

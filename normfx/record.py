@@ -170,7 +170,7 @@ REFUSALS: dict[Refusal, Explanation] = {
         "Pad with a value instead, or use a norm without bias.",
     ),
     Refusal.SIGN: Explanation(
-        "ReLU or a maximum reads the norm, and its weight may be negative for some channel.",
+        "ReLU or a maximum reads the norm, and its weight is not known to be at least zero.",
         "Make the weight of what is never negative: its exp, softplus or square.",
     ),
     Refusal.NOT_AFFINE: Explanation("The norm has no weight and no bias.", "Nothing to do."),

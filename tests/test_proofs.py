@@ -675,3 +675,26 @@ def test_the_fitted_affine_map_is_the_nearest():
 def test_an_affine_map_before_the_weight_and_bias_is_one_affine_map():
     s, t, w, b, x = sp.symbols("s t w b x")
     assert_zero(w * (s * x + t) + b - (x * (w * s) + (w * t + b)))
+
+
+def test_a_clamp_between_infinities_leaves_every_number():
+    assert_zero(sp.Min(sp.Max(X[0], -sp.oo), sp.oo) - X[0])
+    assert_zero(sp.Max(X[0], -sp.oo) - X[0])
+
+
+def test_a_factor_of_activations_stays_behind_the_norm():
+    """norm(x; c d) V^T = (d norm(x; c)) V^T = (d norm(x; 1)) (V diag(c))^T for a factor d of each row."""
+    c, d, v = sp.symbols("c0:4"), sp.Symbol("d"), sp.symbols("v0:4")
+    normed = rms_norm(X)
+    given = sum(v[i] * normed[i] * (c[i] * d) for i in range(len(X)))
+    assert_zero(given - sum((v[i] * c[i]) * (d * normed[i]) for i in range(len(X))))
+
+
+def test_a_maximum_lets_a_factor_pass_that_is_not_negative():
+    """Zero included: w max(x, y) = max(w x, w y)."""
+    w = sp.Symbol("w", nonnegative=True)
+    x, y = sp.symbols("x y", real=True)
+    for larger, smaller in ((x, y), (y, x)):
+        apart = sp.Symbol("apart", nonnegative=True)  # larger = smaller + apart
+        at = {larger: smaller + apart}
+        assert_zero((w * larger - sp.Max(w * x, w * y)).subs(at).rewrite(sp.Piecewise).simplify())

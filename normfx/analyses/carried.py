@@ -29,7 +29,7 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.analyses.blocks import Blocks, concatenated
-from normfx.laws import ARRANGEMENTS, VIEWS
+from normfx.laws import ARRANGEMENTS, ASKS, VIEWS
 from normfx.layout import is_one, plain
 
 aten = torch.ops.aten
@@ -168,7 +168,7 @@ def _channel_scale(node: fx.Node, constant: set[fx.Node]) -> tuple[Carried, tupl
 def reads_numbers(node: fx.Node, position: int) -> bool:
     """Whether a node reads the numbers of an argument, and not the shape or dtype alone."""
     packet = g.packet(node)
-    return packet not in _ASKS and not (packet in _LIKE and position == 1)
+    return packet not in ASKS and not (packet in _LIKE and position == 1)
 
 
 def _is_float(node: Any) -> bool:
@@ -798,22 +798,6 @@ def _with_leading(blocks: Blocks, count: int) -> Blocks:
 
 _PRODUCTS = frozenset({aten.mul, aten.multiply})
 _SPLITS = frozenset({aten.split, aten.split_with_sizes, aten.chunk, aten.unbind})
-_ASKS = frozenset(
-    {
-        aten.sym_size,
-        aten.sym_stride,
-        aten.sym_numel,
-        aten._assert_tensor_metadata,
-        aten.zeros_like,
-        aten.ones_like,
-        aten.full_like,
-        aten.empty_like,
-        aten.new_zeros,
-        aten.new_ones,
-        aten.new_full,
-        aten.new_empty,
-    }
-)
 _LIKE = frozenset({aten.view_as, aten.reshape_as, aten.expand_as, aten.type_as})
 _WEIGHTED = frozenset(
     {

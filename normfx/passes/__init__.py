@@ -44,6 +44,16 @@ RULES: dict[str, Rule] = {
         "alpha-BN, arXiv 2110.04065; UnMix-TNS, ICLR 2024",
         Exactness.CALIBRATED,
     ),
+    "drop-unread": Rule(
+        "a norm whose result nothing reads is left out",
+        "what nothing reads changes no result",
+        exactness=Exactness.BITWISE,
+    ),
+    "drop-open-clamp": Rule(
+        "a clamp whose bounds are infinite leaves the graph, for as long as they are",
+        "clamp(x, -inf, inf) = x",
+        exactness=Exactness.BITWISE,
+    ),
     "norm-of-norm": Rule(
         "a norm of the result of a norm into one",
         "RMS(RMS(x; e1); e2) = (1 + e2)^(-1/2) RMS(x; e1 e2 / (1 + e2))",

@@ -11,7 +11,9 @@ read in its place. With a maximum on the way, its sign p stays, and the rest mov
 for each channel. The operator takes m over and m * t / m, too, unless it pads zeros, which t would
 be missing from; then t / m is added in front of it, to fewer numbers than there were, and the same
 with the mean, which may cancel. ReLU takes m out as a maximum does, where t is zero. An s next to
-zero stays in p, so that nothing is divided by it. p is left out where s cannot be negative.
+zero stays in p, so that nothing is divided by it. p is left out where s cannot be negative, or is
+not now, under a condition. So is it with the weight of any other norm, or else that stays. Of a
+weight that an activation is a factor of (a mask), the other factor is folded.
 
 The folded weights are ordinary nodes of the graph: `hoist` moves them out of it. They are computed
 in float64 and rounded once. Every reader must take its share, or the norm stays as it is; a weight
@@ -27,6 +29,7 @@ import torch
 from torch import fx
 
 from normfx import graph as g
+from normfx.laws import ASKS
 from normfx.layout import plain
 from normfx.ops import norm
 from normfx.options import Options
@@ -75,6 +78,8 @@ class Plan:
         channels: how many there are.
         signed: whether p stays, for a maximum on the way or zeros at its end.
         positive: whether p is one, as no scale is negative or next to zero now.
+        weight: what is folded of the norm's weight.
+        rest: the factor of it that stays, or None.
     """
 
     readers: list[Reader]
@@ -82,6 +87,8 @@ class Plan:
     channels: int
     signed: bool
     positive: bool = False
+    weight: Any = None
+    rest: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +140,8 @@ def fold(
         given = spec.statistic in ("running", "static")
         rule = STATISTICS_RULE if given else RULE
         plan = _check(node, known, options, given=given, blocked=blocked)
+        if not given and not isinstance(plan, Refused) and plan.signed:
+            plan = _never_negative_now(node, plan, options, values)
         if not given and not isinstance(plan, Refused):
             plan = _not_worth(node, plan.readers) or plan
         if given and not isinstance(plan, Refused) and _moves_mean(node, plan):
@@ -146,13 +155,15 @@ def fold(
             emit = Emitter(gm.graph, node, STATISTICS_RULE)
             if given and _moves_mean(node, plan):
                 conditions.append(is_near(emit, node, _FAR))
-            if plan.signed and options.allows("hoist") and _is_positive(values, node, plan):
+            if not given and plan.positive:
+                conditions.append(_is_nonnegative_in(emit, plan.weight))
+            elif plan.signed and options.allows("hoist") and _is_positive(values, node, plan):
                 conditions.append(_is_positive(emit, node, plan))
                 plan = replace(plan, positive=True)
         if given:
             _replace_all(gm.graph, node, plan)
         else:
-            _replace(gm.graph, node, plan.readers)
+            _replace(gm.graph, node, plan)
         # another norm may be read by the same operators, beside this one
         made = [n for reader in plan.readers for n in reader.node.all_input_nodes]
         constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
@@ -185,6 +196,23 @@ def _is_positive(emit: Emitter | Values | None, node: fx.Node, plan: Plan) -> An
     return emit(aten.all.default, emit(aten.ge.Scalar, scale, _SMALL))
 
 
+def _never_negative_now(
+    node: fx.Node, plan: Plan, options: Options, values: Values | None
+) -> Plan | Refused:
+    """The plan to fold a weight past a maximum, if it is at least zero for every channel now."""
+    if options.allows("hoist") and values is not None:
+        known = _is_nonnegative_in(values, plan.weight)
+        if known is not None and bool(known):
+            return replace(plan, positive=True)
+    return Refused(Refusal.SIGN, node)  # p in place of the weight: nothing is gained
+
+
+def _is_nonnegative_in(emit: Emitter | Values, weight: fx.Node) -> Any:
+    """Whether no number of a weight is negative, as a node or a value."""
+    compared = emit(aten.ge.Scalar, weight, 0)
+    return None if compared is None else emit(aten.all.default, compared)
+
+
 def _near(node: fx.Node, options: Options, values: Values | None) -> Refused | None:
     """Why a mean may not be moved past what reads it: V (x - m) = V x - V m may cancel."""
     if not options.allows("hoist"):  # which is what conditions are checked by
@@ -205,10 +233,11 @@ def _check(
     given: bool,
     blocked: Refusal | None,
 ) -> Plan | Refused:
+    weight, rest = (node.args[1], None) if given else _factors(node, known.constant)
     if given:
         dim = given_channel(node, known.constant, options, STATISTICS_RULE, blocked=blocked)
     else:
-        dim = _affine_dim(node, known.constant, options, blocked=blocked)
+        dim = _affine_dim(node, weight, known.constant, options, blocked=blocked)
     if isinstance(dim, Refused):
         return dim
     if g.storage(node) in known.written:
@@ -234,15 +263,15 @@ def _check(
             return Refused(Refusal.EXTRA_USER, user)
         if g.is_pure(user) and not user.users:  # the places of a maximum that nobody asked for
             continue
+        if g.packet(user) in ASKS and user.args[0] is source:
+            continue
         moved = channels.through(source, user, shifted=shifted, monotonic=True)
         if moved is not None:
             if g.storage(user) in known.written and g.storage(user) is not None:
                 return Refused(Refusal.MUTATED, user)
             if given and g.dtype(user) not in (None, g.dtype(node)):
                 return Refused(Refusal.CANCELS, user)  # rounded with its mean, not without
-            if is_monotonic(user) and not _never_negative(node):
-                if not given:  # p in place of the weight: nothing is gained
-                    return Refused(Refusal.SIGN, user)
+            if is_monotonic(user) and not _never_negative(node, weight, given=given):
                 signed = True
             pooled = pooled or is_pool(user)
             pending += [(user, moved, next_user, pooled) for next_user in user.users]
@@ -257,7 +286,8 @@ def _check(
         signed = signed or reader.padded
     if given and not signed and node.args[4] is not None and node.args[0] not in known.rounded:
         return Refused(Refusal.CANCELS, node)
-    return Plan(sorted(readers.values(), key=lambda r: r.node.name), dim, size, signed)
+    in_order = sorted(readers.values(), key=lambda r: r.node.name)
+    return Plan(in_order, dim, size, signed, weight=weight, rest=rest)
 
 
 def _may_not_read(node: fx.Node, known: _Known) -> Refused | None:
@@ -271,11 +301,30 @@ def _may_not_read(node: fx.Node, known: _Known) -> Refused | None:
     return None
 
 
+def _factors(node: fx.Node, constant: set[fx.Node]) -> tuple[Any, Any]:
+    """The factor of a norm's weight that may be folded, and the one that stays, if there is one.
+
+    norm(x; c d) = d norm(x; c), where c is a parameter, d is made of activations, and no bias is
+    added after.
+    """
+    weight: Any = node.args[1]
+    if weight not in constant and node.args[2] is None and g.is_call(weight, aten.mul.Tensor):
+        for kept, rest in (weight.args[:2], weight.args[1::-1]):
+            if kept in constant and isinstance(rest, fx.Node) and rest not in constant:
+                return kept, rest
+    return weight, None
+
+
 def _affine_dim(
-    node: fx.Node, constant: set[fx.Node], options: Options, *, blocked: Refusal | None
+    node: fx.Node,
+    weight: Any,
+    constant: set[fx.Node],
+    options: Options,
+    *,
+    blocked: Refusal | None,
 ) -> int | Refused:
     """The dim that a norm's weight and bias run along; its last, where they are single numbers."""
-    operands: Any = [operand for operand in node.args[1:3] if operand is not None]
+    operands: Any = [operand for operand in (weight, node.args[2]) if operand is not None]
     if not operands:
         return Refused(Refusal.NOT_AFFINE, node)
     if not allows(options, RULE, node):
@@ -291,19 +340,19 @@ def _affine_dim(
     return Refused(Refusal.DIM_NOT_LAST, node) if dim is None else dim
 
 
-def _never_negative(node: fx.Node) -> bool:
-    """Whether no channel of a norm is scaled by a negative number."""
+def _never_negative(node: fx.Node, weight: Any, *, given: bool) -> bool:
+    """Whether no number that goes past a maximum is negative, whatever the parameters are."""
     spec: Any = node.kwargs["spec"]
-    return spec.scale > 0 and (node.args[1] is None or is_nonnegative(node.args[1]))
+    stays = not given or spec.scale > 0  # the scale of a norm that stays
+    return stays and (weight is None or is_nonnegative(weight))
 
 
-def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
-    weight, bias = node.args[1], node.args[2]
-    for reader in readers:
-        fold_into(graph, reader, weight, bias)
+def _replace(graph: fx.Graph, node: fx.Node, plan: Plan) -> None:
+    for reader in plan.readers:
+        fold_into(graph, reader, plan.weight, node.args[2])
     spec: Any = node.kwargs["spec"]
     # the dtype of the result stays that of the norm with its affine part
-    node.args = (node.args[0], None, None, *node.args[3:])
+    node.args = (node.args[0], plan.rest, None, *node.args[3:])
     node.kwargs = {**node.kwargs, "spec": spec._replace(affine_dim=None)}
 
 

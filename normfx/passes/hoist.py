@@ -17,10 +17,14 @@ import torch
 from torch import fx
 
 from normfx import graph as g
+from normfx.ops import norm
+from normfx.passes.verdict import change
 from normfx.record import Journal
 from normfx.torch_internals import mark_static
 
 aten = torch.ops.aten
+
+RULE = "hoist"
 
 # No computation, only another look at the same storage: not worth a buffer.
 VIEWS = frozenset(
@@ -118,6 +122,9 @@ def hoist(
     positions = tuple(i for i, node in enumerate(placeholders) if node in needed)
     order = {node: index for index, node in enumerate(graph.nodes)}
     g.erase_dead([n for n in needed if n.op == "call_function"], order)
+    for node in needed:
+        if node not in order and g.is_call(node, norm):
+            change(node, "hoist", RULE, "reads only parameters")
     return Hoisted(compute, positions, tuple(values), len(conditions))
 
 
@@ -138,6 +145,8 @@ def _merge(graph: fx.Graph, constant: set[fx.Node], kept: set[fx.Node]) -> None:
         call = repr((node.op, str(node.target), node.args, sorted(node.kwargs.items())))
         same = first.setdefault(call, node)
         if same is not node:
+            if g.is_call(node, norm):
+                change(node, "hoist", RULE, f"as {same.name}, which is equal")
             node.replace_all_uses_with(same, propagate_meta=False)
             graph.erase_node(node)
             constant.discard(node)

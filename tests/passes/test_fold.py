@@ -247,7 +247,7 @@ IMAGES = {
     "tokens": (lambda m, y: m.out(y.flatten(2).mT), [RULE]),
     "both": (lambda m, y: (m.conv(y), m.out(y.permute(0, 2, 3, 1))), [RULE]),
     "padded": (lambda m, y: m.padded(y), []),
-    "max-pool": (lambda m, y: m.conv(F.max_pool2d(y, 2)), []),
+    "max-pool": (lambda m, y: m.conv(F.max_pool2d(y, 2)), [RULE]),
 }
 
 
@@ -585,3 +585,72 @@ def test_a_bias_is_not_made_for_very_many_outputs(outputs, biased):
     stays = outputs > 16 * 8 and not biased
     assert site.actions == ([] if stays else [RULE])
     assert ("not-worth-it" in site.refusals) == stays
+
+
+class Rectified(nn.Module):
+    """A norm with a weight of its own, a maximum, and a linear layer."""
+
+    def __init__(self, reader=torch.relu, norm=nn.RMSNorm) -> None:
+        super().__init__()
+        self.norm, self.linear, self.reader = norm(8), nn.Linear(8, 4), reader
+
+    def forward(self, x):
+        return self.linear(self.reader(self.norm(x)))
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [torch.relu, lambda y: F.leaky_relu(y, 0.2), lambda y: F.max_pool1d(y.mT, 2).mT],
+    ids=["relu", "leaky-relu", "pool"],
+)
+def test_a_maximum_lets_a_weight_pass_that_is_not_negative_now(reader):
+    model = roughened(Rectified(reader))
+    with torch.no_grad():
+        model.norm.weight[3] = 0.0
+    x = torch.randn(16, 6, 8)
+    assert_agrees(model, x)
+    assert normfx.report().sites[0].actions == [RULE]
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(x)
+        model.norm.weight[2] = -1.0
+        with pytest.warns(UserWarning, match="property that they have lost"):
+            assert torch.equal(fast(x), model(x))
+
+
+def test_a_maximum_keeps_a_bias_only_where_it_pools():
+    pooled = Rectified(lambda y: F.max_pool1d(y.mT, 2).mT, nn.LayerNorm)
+    assert_agrees(roughened(pooled), torch.randn(16, 6, 8))
+    assert normfx.report().sites[0].actions == [RULE]
+    with torch.no_grad():
+        given = torch.randn(16, 6, 8)
+        assert refused(roughened(Rectified(norm=nn.LayerNorm)), given) == "reader-not-linear"
+
+
+def test_a_maximum_keeps_a_weight_that_is_negative():
+    model = roughened(Rectified())
+    with torch.no_grad():
+        model.norm.weight[3] = -0.5
+        assert refused(model, torch.randn(16, 6, 8)) == "sign-not-known"
+
+
+class Masked(nn.Module):
+    """A norm whose result is masked by rows before it is read, and asked for its look."""
+
+    def __init__(self, norm) -> None:
+        super().__init__()
+        self.norm, self.linear = norm, nn.Linear(8, 4)
+
+    def forward(self, x):
+        mask = (x[..., :1] > 0).to(x.dtype)
+        y = self.norm(x) * mask
+        return torch.cat([self.linear(y), y.new_zeros(1, 6, 4)]), torch.zeros_like(y)
+
+
+def test_a_weight_with_a_factor_of_activations():
+    assert_agrees(roughened(Masked(nn.RMSNorm(8))), torch.randn(16, 6, 8))
+    (site,) = normfx.report().sites
+    assert site.actions == [RULE]
+    torch._dynamo.reset()
+    assert_agrees(roughened(Masked(nn.LayerNorm(8))), torch.randn(16, 6, 8))
+    assert normfx.report().sites[-1].refusals[-1] in ("affine-not-constant", "reader-not-linear")

@@ -533,6 +533,7 @@ def test_a_dynamic_norm_keeps_its_weight_before_a_maximum():
     """A sign would stay in place of the weight: nothing is gained."""
     model = roughened(nn.Sequential(nn.GroupNorm(2, 6), nn.MaxPool2d(2), nn.Conv2d(6, 4, 3)))
     with torch.no_grad():
+        model[0].weight[1] = -1.0
         _, journal = stages_of(model, torch.randn(IMAGE))
     assert journal.sites[0].refusals[-1:] == ["sign-not-known"]
 
