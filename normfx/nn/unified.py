@@ -141,8 +141,10 @@ class UnifiedNorm(nn.Module):
         with torch.no_grad():
             batch = self._statistics(self._moment(x, pad_mask, channels))
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.weight, self.bias)):
-            kept = keep(torch.stack((batch.moment, batch.v, batch.rho)))
-            outlier = keep(batch.outlier)
+            inverse = torch.rsqrt(batch.v + self.eps)
+            kept = keep(torch.stack((batch.moment, batch.v, batch.rho, inverse)))
+            # Without filtration it is a constant, which a compiler need not keep.
+            outlier = keep(batch.outlier) if self.outlier_filtration else batch.outlier
             return _Normalize.apply(
                 x, self.weight, self.bias, kept, outlier, self._state(), self._settings(), channels
             )
@@ -290,7 +292,7 @@ class _Normalize(torch.autograd.Function):
         ctx.state, ctx.settings, ctx.channels = state, settings, channels
         # Of what a checkpoint runs again, the first run has advanced the state or is to do so.
         ctx.advanced = not is_first_pass()
-        inverse = torch.rsqrt(kept[1] + settings.eps)
+        inverse = kept[3]
         if launched.is_launched(x):
             return launched.affine(x, channels, inverse * weight, bias)
         z = x.to(kept.dtype) * channels.align(inverse)
@@ -301,18 +303,15 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, kept, outlier = ctx.saved_tensors
         settings, channels = ctx.settings, ctx.channels
-        moment, v, rho = kept.unbind()
-        inverse = torch.rsqrt(v + settings.eps)
+        moment, v, rho, inverse = kept.unbind()
         is_launched = launched.is_launched(x)
         if is_launched:
-            z, d = launched.flat(x, channels), launched.flat(dy, channels)
-            sums = launched.operators().channel_sums(d, z, None, False)
-            dbias, dz = sums[0], inverse * sums[1]
+            wide, d = launched.flat(x, channels), launched.flat(dy, channels)
+            dbias, dz = launched.operators().channel_sums(d, wide, None, False)[:2]
         else:
-            z = x.to(v.dtype) * channels.align(inverse)
-            d = dy.to(v.dtype)
-            dbias = channels.sum(d)
-            dz = channels.sum(d * z)
+            wide, d = x.to(v.dtype), dy.to(v.dtype)
+            dbias, dz = channels.sum(d), channels.sum(d * wide)
+        dz = dz * inverse
         scale = weight.to(v.dtype) * rho
         total = torch.cat((dz, dz.new_full((1,), channels.positions)))
         total = across_ranks(total, settings.sync)
@@ -327,12 +326,13 @@ class _Normalize(torch.autograd.Function):
         psi = _smoothed(ctx.state, state, q, outlier, settings, step)
         if first:
             _advance(ctx.state, _Batch(moment, v, rho, outlier), settings, step, state)
+        # Stacked, the two factors are computed once for each channel, and not again for each token.
+        a, b = torch.stack((scale * inverse, -psi * inverse * inverse)).unbind()
         if is_launched:
-            a, b = scale * inverse, -psi * inverse * inverse
-            dx = launched.operators().channel_affine(d, z, a, b, None, None, None)
+            dx = launched.operators().channel_affine(d, wide, a, b, None, None, None)
             dx = launched.unflat(dx, x, channels)
         else:
-            dx = (d * channels.align(scale) - channels.align(psi) * z) * channels.align(inverse)
+            dx = d * channels.align(a) + wide * channels.align(b)
         return dx.to(x.dtype), (rho * dz).to(weight.dtype), dbias.to(weight.dtype), *[None] * 5
 
 
