@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -49,7 +52,6 @@ def test_adamp_guesses_what_the_graph_says(examples):
 def test_the_norms_of_invariant_weights_hardly_grow(examples):
     """By the projection, a step changes |w| in second order only."""
     import scale_invariant_training as example
-    import torch
 
     torch.manual_seed(0)
     model, images = example.network(), example.Images(seed=1)
@@ -67,3 +69,56 @@ def test_the_norms_of_invariant_weights_hardly_grow(examples):
         along = claim.dot(step, before[name]).abs()
         sizes = (claim.dot(step, step) * claim.dot(before[name], before[name])).sqrt()
         assert (along <= torch.finfo(torch.float32).eps ** 0.5 * sizes).all(), name
+
+
+TINY = ["--steps", "4", "--windows", "16", "--lowering", "eager"]
+
+
+def test_train_char_lm(examples, tmp_path, monkeypatch, capsys):
+    import train_char_lm as example
+
+    arguments = ["--norm", "LN,UN", "--seeds", "3", "--output", str(tmp_path), *TINY]
+    assert example.main(arguments) == 0, "folding left a norm of UN, or moved a loss"
+    printed = capsys.readouterr().out
+    folds = [row.split() for row in printed.partition("norm nodes")[2].splitlines()]
+    nodes = {row[1]: (row[3], row[5]) for row in folds if row[1:2] in (["LN"], ["UN"])}
+    assert nodes["UN"] == ("9", "0")
+    assert nodes["LN"][0] == "9"
+    assert nodes["LN"][1] > "0"
+
+    kept = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert kept.keys() == {"LN-3", "UN-3"}
+    assert all(run["losses"][-1] < run["losses"][0] for run in kept.values())
+    assert "<svg" in (tmp_path / "losses.svg").read_text()
+
+    monkeypatch.setattr(example, "train", None)  # what is in the folder is not trained again
+    assert example.main(arguments) == 0
+    with pytest.raises(SystemExit, match="give another --output"):
+        example.main([*arguments, "--steps", "5"])
+
+
+def test_every_norm_starts_from_the_same_weights(examples):
+    import train_char_lm as example
+
+    first, *others = [example.new_model(norm, 100, seed=5) for norm in example.NORMS]
+    weights = dict(first.named_parameters())
+    for other in others:
+        for name, weight in other.named_parameters():
+            assert torch.equal(weight, weights[name]), name
+
+
+def test_statistics_over_the_batch_know_the_future_in_training_alone(examples):
+    """What docs/training.md says of BatchNorm, UN and PowerNorm in a causal model."""
+    import train_char_lm as example
+
+    tokens = torch.randint(90, (4, 12), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 90
+    for norm in example.NORMS:
+        model = example.new_model(norm, 100)
+        with torch.no_grad():
+            model.train()
+            now = [copy.deepcopy(model)(t)[:, :-1] for t in (tokens, changed)]
+            assert torch.equal(*now) == (norm in ("LN", "RMS")), norm
+            model.eval()
+            assert torch.equal(*(model(t)[:, :-1] for t in (tokens, changed))), norm
