@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from normfx.errors import StageError as StageError
     from normfx.errors import StatisticsError as StatisticsError
     from normfx.explanation import explain as explain
+    from normfx.graphdiff.result import GraphDiff as GraphDiff
+    from normfx.graphdiff.result import diff as diff
     from normfx.live import refold as refold
     from normfx.options import Options as Options
     from normfx.record import Refusal as Refusal
@@ -59,6 +61,8 @@ _HOMES = {
     "StageError": "errors",
     "StatisticsError": "errors",
     "explain": "explanation",
+    "GraphDiff": "graphdiff.result",
+    "diff": "graphdiff.result",
     "refold": "live",
     "Options": "options",
     "Refusal": "record",
@@ -77,6 +81,7 @@ __all__ = [
     "ConversionError",
     "Converted",
     "GradualConversion",
+    "GraphDiff",
     "Invariance",
     "NormfxError",
     "OptionError",
@@ -93,6 +98,7 @@ __all__ = [
     "bake_",
     "calibrate",
     "convert",
+    "diff",
     "explain",
     "refold",
     "report",

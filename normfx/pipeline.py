@@ -67,6 +67,7 @@ def rewrite(
     inputs: Sequence[Any] = (),
     permit: Permit | None = None,
     observe: Observer | None = None,
+    observe_body: Callable[[str], Observer] | None = None,
 ) -> Rewritten:
     """Runs every stage on dynamo's graph.
 
@@ -80,6 +81,7 @@ def rewrite(
         inputs: what the graph is called with now, parameters among them; empty if not known.
         permit: may refuse a fold that is legal (see `fold`).
         observe: called with the name of each stage and its graph, for tests and diffs.
+        observe_body: gives the observer of a body that is rewritten inside, by its name here.
 
     Raises:
         StageError: a stage failed; its cause is what the stage raised.
@@ -97,7 +99,7 @@ def rewrite(
     journal.nodes = len(captured.graph.nodes)
     watch("capture", captured)
     with _stage("recognise", journal):
-        _bodies(captured, options, journal)
+        _bodies(captured, options, journal, observe_body)
         recognise(captured, journal, grad=grad, options=options)
     watch("recognise", captured)
     if options.statistics is not None:
@@ -165,7 +167,12 @@ def wants_grad(gm: fx.GraphModule) -> bool:
     return any(t is not None and t.requires_grad for t in held)
 
 
-def _bodies(gm: fx.GraphModule, options: Options, journal: Journal) -> None:
+def _bodies(
+    gm: fx.GraphModule,
+    options: Options,
+    journal: Journal,
+    observe_body: Callable[[str], Observer] | None,
+) -> None:
     """Runs the stages on bodies that may be rewritten inside (activation checkpoints, say)."""
     for node in gm.graph.nodes:
         for argument in node.args[: _BODIES.get(getattr(node.target, "__name__", ""), 0)]:
@@ -174,7 +181,8 @@ def _bodies(gm: fx.GraphModule, options: Options, journal: Journal) -> None:
             )
             if isinstance(body, fx.GraphModule):
                 inner = Journal()
-                rewritten = rewrite(body, options, inner, in_body=True)
+                watch = observe_body and observe_body(str(argument.target))
+                rewritten = rewrite(body, options, inner, in_body=True, observe=watch)
                 gm.add_submodule(str(argument.target), rewritten.module)
                 for found in (*inner.sites, *inner.near_misses):
                     found.location = found.location or g.location(node)

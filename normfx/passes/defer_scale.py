@@ -222,6 +222,7 @@ def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
     with graph.inserting_before(node):
         scale = graph.call_function(row_scale, (x, eps, square), {"spec": node.kwargs["spec"]})
     g.inherit_provenance(scale, node)
+    scale.meta["normfx_rule"] = RULE
     scale.meta["normfx_site"] = node.meta["normfx_site"]
     for reader in readers:
         _defer(graph, reader, x, scale)

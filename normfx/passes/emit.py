@@ -30,7 +30,7 @@ class Emitter:
         made = self.graph.call_function(target, args)
         if like is not None:
             made.meta["val"] = self._with_memory(like)
-        made.meta["stack_trace"] = self.at.meta.get("stack_trace")
+        g.inherit_provenance(made, self.at)
         made.meta["normfx_rule"] = self.rule
         return made
 
@@ -76,6 +76,7 @@ def inline(
         else:
             copies[inner] = graph.node_copy(inner, lambda n: copies[n])
             g.inherit_provenance(copies[inner], at)
+            copies[inner].meta["normfx_site"] = at.meta.get("normfx_site")  # whose part it is
     results = results if isinstance(results, (tuple, list)) else (results,)
     return tuple(copies[result] for result in results)
 

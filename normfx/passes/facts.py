@@ -38,7 +38,7 @@ class Facts:
             made = self.graph.call_function(target, (a, b))
         with g.fake_mode(a), torch.no_grad():
             made.meta["val"] = target(g.tensor(a), g.tensor(b) if isinstance(b, fx.Node) else b)
-        made.meta["stack_trace"] = before.meta.get("stack_trace")
+        g.inherit_provenance(made, before)
         self.order[made] = self.order[before]
         if all(i in self.constant for i in made.all_input_nodes):
             self.constant.add(made)

@@ -111,6 +111,9 @@ def hoist(
         with graph.inserting_after(last):
             last = graph.placeholder(f"normfx_hoisted_{index}")
         g.inherit_meta(last, node)
+        last.meta["normfx_rule"] = node.meta.get("normfx_rule", "hoist")
+        sources = g.behind([node])
+        last.meta["normfx_made_from"] = tuple(n.name for n in placeholders if n in sources)
         mark_static(last)
         _give_back(graph, node, last, returned)
         node.replace_all_uses_with(last, propagate_meta=False)

@@ -65,6 +65,7 @@ def lower(gm: fx.GraphModule, *, two_passes: bool = False, options: Options | No
             result = operator or _as_body(gm.graph, node, bodies, two_passes=spelled)
         if result.meta.get("val") is None:
             g.inherit_meta(result, node)
+        result.meta["normfx_site"] = site  # whose part it is
         node.replace_all_uses_with(result, propagate_meta=False)
         gm.graph.erase_node(node)
         if spec.statistic != "batch":
