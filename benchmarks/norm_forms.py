@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.machine import machine
-from examples.measure import interleaved_latency, ratio, spread
+from normfx.timing import interleaved_latency, ratio, spread
 
 EPS = 1e-5
 SHAPES = ((64, 768), (1024, 768), (4096, 1024))

@@ -27,8 +27,8 @@ from torch import fx, nn
 
 from benchmarks.machine import machine
 from benchmarks.models import WORKLOADS, Workload, load
-from examples.measure import interleaved_latency, ratio, spread
 from normfx.backend import normfx
+from normfx.timing import interleaved_latency, ratio, spread
 from normfx.torch_internals import compile_alone, compile_with_inductor
 
 # What must not rise where normfx stands in front of Inductor.

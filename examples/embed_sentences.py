@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from measure import accuracy, interleaved_latency
+from measure import accuracy
 from presentation import Outcome, make_console, model_table, neighbour_table, summary_table
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -30,6 +30,7 @@ from torch import Tensor
 from workloads import WORKLOADS, Workload
 
 import normfx
+from normfx.timing import interleaved_latency
 
 
 @contextmanager

@@ -6,13 +6,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from measure import Accuracy, Spread, keeps_promise, ratio, spread
+from measure import Accuracy, keeps_promise
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from workloads import Sentence
+
+from normfx.timing import Spread, ratio, spread
 
 # Wide enough for the widest table, and for the report, where there is no terminal to ask.
 PLAIN_WIDTH = 120

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from normfx.scale_invariance import Invariance as Invariance
     from normfx.scale_invariance import ScaleInvariance as ScaleInvariance
     from normfx.scale_invariance import scale_invariant_parameters as scale_invariant_parameters
+    from normfx.verification import verify as verify
+    from normfx.verification.result import Verification as Verification
 
 __version__ = "0.1.0"
 
@@ -73,6 +75,8 @@ _HOMES = {
     "Invariance": "scale_invariance",
     "ScaleInvariance": "scale_invariance",
     "scale_invariant_parameters": "scale_invariance",
+    "verify": "verification",
+    "Verification": "verification.result",
 }
 
 __all__ = [
@@ -94,6 +98,7 @@ __all__ = [
     "StageError",
     "Statistics",
     "StatisticsError",
+    "Verification",
     "__version__",
     "bake_",
     "calibrate",
@@ -105,6 +110,7 @@ __all__ = [
     "reset",
     "scale_invariant_parameters",
     "sensitivity",
+    "verify",
 ]
 
 

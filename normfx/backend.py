@@ -59,7 +59,7 @@ def normfx(
     settings = inductor_settings(mode, dict(parsed.inductor))
     journal = Journal()
     try:
-        compiled = _compile(gm, example_inputs, parsed, settings, journal)
+        compiled = compile_graph(gm, example_inputs, parsed, settings, journal)
     except StageError as error:
         if parsed.strict:
             raise
@@ -79,13 +79,19 @@ def normfx(
     return compiled
 
 
-def _compile(
+def compile_graph(
     gm: fx.GraphModule,
     example_inputs: list[Any],
     options: Options,
     settings: dict[str, Any],
     journal: Journal,
 ) -> Callable[..., Any]:
+    """The callable of one graph, with weights that are followed.
+
+    Raises:
+        StageError: a stage failed.
+        StatisticsError: calibrated statistics do not fit the graph.
+    """
     frozen = options.weights == "frozen"
     check_weights(gm, example_inputs, options)
     tracked = frozen or weights_are_tracked(gm, example_inputs)

@@ -43,6 +43,18 @@ class Report:
         """The whole report as JSON text."""
         return json.dumps({"graphs": [payload(graph) for graph in self.graphs]}, indent=1)
 
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote, or that of the one journal that a trace holds.
+
+        Raises:
+            ValueError: the text is no JSON, or has a code that is not in the registry.
+            KeyError, TypeError: it is JSON of something else.
+        """
+        held = json.loads(text)
+        graphs = held["graphs"] if "graphs" in held else [held]
+        return cls(tuple(_journal(graph) for graph in graphs))
+
     def __str__(self) -> str:
         return _render(self)
 
@@ -113,6 +125,53 @@ def payload(journal: Journal) -> dict[str, Any]:
     }
 
 
+def _journal(held: dict[str, Any]) -> Journal:
+    """The journal that `payload` made these values of."""
+    return Journal(
+        name=held["name"],
+        sites=[_read_site(site) for site in held["sites"]],
+        near_misses=[
+            NearMiss(miss["name"], Refusal(miss["code"]), miss["location"], miss["node"])
+            for miss in held["near_misses"]
+        ],
+        stages={stage: ms / 1e3 for stage, ms in held["stage_ms"].items()},
+        nodes=held["nodes"],
+        folded_bytes=held["hoisted_bytes"],
+        hoisted=held["hoisted_tensors"],
+        fallback=held["fallback"],
+        training=held["training"],
+    )
+
+
+def _read_site(held: dict[str, Any]) -> Site:
+    eps = held["eps"]
+    return Site(
+        name=held["name"],
+        kind=held["kind"],
+        dims=tuple(held["dims"]),
+        eps=None if eps is None else float(eps),
+        dtype=held["dtype"],
+        location=held["location"],
+        weight=held["weight"],
+        bias=held["bias"],
+        origin=held["origin"],
+        on_weight=held["on_weight"],
+        records=[_read_record(record) for record in held["records"]],
+    )
+
+
+def _read_record(held: dict[str, Any]) -> Record:
+    return Record(
+        held["stage"],
+        held["rule"],
+        held["verdict"] == "changed",
+        None if held["code"] is None else Refusal(held["code"]),
+        held["node"],
+        held["location"],
+        held["detail"],
+    )
+
+
 def _site(site: Site) -> dict[str, Any]:
     return {
         "name": site.name,
@@ -177,9 +236,7 @@ def _render(shown: Report) -> str:
                 table.add_row(*(Text(cell) for cell in row))
             console.print(table)
         for miss in graph.near_misses:
-            console.print(
-                Text(f"near miss  {miss.code.value}  {miss.name}  {_line(miss.location)}")
-            )
+            console.print(Text(f"near miss  {miss.code.value}  {miss.name}  {line(miss.location)}"))
             console.print(Text(f"           {REFUSALS[miss.code].meaning}"))
         console.print()
     codes = sorted({r.code.value for s in shown.sites for r in s.records if r.code})
@@ -208,10 +265,10 @@ def _rows(sites: Iterable[Site]) -> Iterable[tuple[str, ...]]:
         eps = "tensor" if site.eps is None else f"{site.eps:g}"
         refused = ", ".join(dict.fromkeys(site.refusals)) or "-"
         actions = ", ".join(dict.fromkeys(site.actions)) or "-"
-        yield site.name, site.kind, dims, eps, site.dtype, actions, refused, _line(site.location)
+        yield site.name, site.kind, dims, eps, site.dtype, actions, refused, line(site.location)
 
 
-def _line(location: str) -> str:
+def line(location: str) -> str:
     """The last two parts of a path, which is what tells one file from another."""
     return "/".join(location.replace("\\", "/").split("/")[-2:])
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import sys
 import types
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from normfx import Options, Refusal
+from normfx.cli import main
 from normfx.passes import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +114,57 @@ def test_examples_run_and_print_what_the_page_shows(page, monkeypatch):
         with redirect_stdout(printed):
             exec(compile(source, "example.py", "exec"), module.__dict__)
         assert trimmed(printed.getvalue()) == trimmed(shown), source
+
+
+# Commands, each with the output that the page shows under it, if any. A comment in front marks those
+# that take minutes. A Python fence that the page gives a file name is a file for them.
+COMMANDS = re.compile(r"^(<!-- expensive -->\n)?```console\n(.*?)^```\n", re.M | re.S)
+FILE = re.compile(r"^`(\w+\.py)`:\n\n```python\n(.*?)^```\n", re.M | re.S)
+
+
+def sessions(page: Path, expensive: bool) -> list[list[str]]:
+    """The commands of a page, each as its lines."""
+    found = []
+    for marked, session in COMMANDS.findall(page.read_text(encoding="utf-8")):
+        if bool(marked) == expensive:
+            found += [part.splitlines() for part in re.split(r"^\$ ", session, flags=re.M)[1:]]
+    return [lines for lines in found if lines[0].split()[0] == "normfx"]
+
+
+def run_sessions(page: Path, expensive: bool) -> None:
+    for name, source in FILE.findall(page.read_text(encoding="utf-8")):
+        Path(name).write_text(source, encoding="utf-8")
+    for line, *shown in sessions(page, expensive):
+        command, _, target = line.partition(" > ")
+        printed, said = StringIO(), StringIO()
+        with redirect_stdout(printed), redirect_stderr(said):
+            status = main(shlex.split(command)[1:])
+        assert status == 0, (line, said.getvalue())
+        if target:
+            Path(target).write_text(printed.getvalue(), encoding="utf-8")
+        if shown:
+            text = printed.getvalue() + said.getvalue()
+            assert trimmed(text) == trimmed("\n".join(shown)), line
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if sessions(p, False)], ids=relative)
+def test_commands_run_and_print_what_the_page_shows(page, empty_folder):
+    run_sessions(page, expensive=False)
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if sessions(p, True)], ids=relative)
+def test_expensive_commands_run(page, empty_folder):
+    run_sessions(page, expensive=True)
 
 
 def trimmed(text: str) -> str:

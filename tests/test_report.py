@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -230,6 +231,19 @@ def test_torch_logs():
     assert "fold-affine-into-linear" in done.stderr
     assert "graph 0: 1 norms" in done.stderr
     assert done.stdout.strip() == "imported"
+
+
+def test_the_journal_is_in_the_trace(tmp_path):
+    run_script(TORCH_TRACE=str(tmp_path))
+    (log,) = tmp_path.glob("dedicated_log_torch_trace_*.log")
+    lines = log.read_text().splitlines()
+    (at,) = [i for i, line in enumerate(lines) if '"normfx_journal"' in line]
+    # a payload stands under the line that it belongs to, each of its lines after a tab
+    payload = itertools.takewhile(lambda line: line.startswith("\t"), lines[at + 1 :])
+    text = "\n".join(line[1:] for line in payload)
+    (site,) = json.loads(text)["sites"]
+    assert site["actions"] == ["fold-affine-into-linear"]
+    assert "graph 0: 1 norms found" in str(normfx.Report.from_json(text))
 
 
 def test_says_nothing_by_default():

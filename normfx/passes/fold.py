@@ -233,6 +233,8 @@ def _check(
     given: bool,
     blocked: Refusal | None,
 ) -> Plan | Refused:
+    if given and not allows(options, STATISTICS_RULE, node):
+        return Refused(Refusal.RULE_OFF, node)
     weight, rest = (node.args[1], None) if given else _factors(node, known.constant)
     if given:
         dim = given_channel(node, known.constant, options, STATISTICS_RULE, blocked=blocked)

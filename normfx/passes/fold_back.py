@@ -147,6 +147,8 @@ def _check(
     *,
     blocked: Refusal | None,
 ) -> Writers | Refused:
+    if not allows(options, RULE, node):
+        return Refused(Refusal.RULE_OFF, node)
     channel = given_channel(node, constant, options, RULE, blocked=blocked)
     if isinstance(channel, Refused):
         return channel
@@ -167,7 +169,7 @@ def given_channel(
     blocked: Refusal | None,
 ) -> int | Refused:
     """The dim that s and t of a norm with given statistics run along, if a rule may use them."""
-    if not allows(options, rule, node):
+    if not options.allows(rule):
         return Refused(Refusal.RULE_OFF, node)
     if blocked is not None:
         return Refused(blocked, node)

@@ -42,7 +42,7 @@ from normfx.passes.fold_back import (
 )
 from normfx.passes.readers import Reader, fold_into, reader_of
 from normfx.passes.values import Values
-from normfx.passes.verdict import Refused, change, refuse
+from normfx.passes.verdict import Refused, allows, change, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -150,6 +150,8 @@ class _Telescope:
     # ------------------------------------------------------------------------ the check
 
     def _check(self, node: fx.Node) -> _Plan | Refused:
+        if not allows(self.options, RULE, node):
+            return Refused(Refusal.RULE_OFF, node)
         channel = given_channel(node, self.constant, self.options, RULE, blocked=self.blocked)
         if isinstance(channel, Refused):
             return channel
