@@ -52,6 +52,13 @@ _ROLES: dict[str, tuple[str, tuple[int, int, int]]] = {
     "words": (r"(\w+_)?vocab_size(_\w+)?", (256, 4096, 32768)),
     "positions": (r"max_position_embeddings|n_positions|max_source_positions", (128, 512, 2048)),
 }
+# Which roles are scaled: where the widths of a family have to fit each other, fewer are.
+_ATTEMPTS = (
+    frozenset(_ROLES),
+    frozenset({"layers", "words", "positions", "experts"}),
+    frozenset({"layers", "experts"}),
+)
+_LARGEST = 1_000_000_000
 _SIZES = ("tiny", "small", "base")
 _STAGES = re.compile(r"depths|layers|num_layers|stage_num_blocks|num_blocks|depth|layer_depths")
 _STAGE_DEPTH = (1, 2, 1_000)
@@ -87,26 +94,40 @@ def build(name: str) -> Loaded:
         near = difflib.get_close_matches(family, list(CONFIG_MAPPING.keys()), n=3)
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UsageError(f"{name}: transformers has no family {family!r}{meant}")
-    try:
-        config_class = CONFIG_MAPPING[family]
-        config = config_class(**_values(config_class, _SIZES.index(size)))
-        model = AutoModel.from_config(_without_cache(config)).float().eval()
-        _roughen(model)
-        inputs = _inputs(model, config)
-        with torch.no_grad():
-            model(**inputs)  # so that what does not fit is known here
-    except Exception as error:
-        raise ModelError(
-            f"{name} cannot be built from its configuration alone ({one_line(error)}). Write a "
-            "factory, and pass package.module:factory"
-        ) from error
+    first: Exception | None = None
+    for roles in _ATTEMPTS:
+        try:
+            return _built(CONFIG_MAPPING[family], AutoModel, _SIZES.index(size), roles)
+        except Exception as error:  # sizes that do not fit each other, say
+            first = first or error
+    assert first is not None
+    raise ModelError(
+        f"{name} cannot be built from its configuration alone ({one_line(first)}). Write a "
+        "factory, and pass package.module:factory"
+    ) from first
+
+
+def _built(config_class: Any, auto: Any, size: int, roles: frozenset[str]) -> Loaded:
+    """A model that runs."""
+    config = _without_cache(config_class(**_values(config_class, size, roles)))
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in auto.from_config(config).parameters())
+    if numbers > _LARGEST:
+        raise ModelError(f"it has {numbers / 1e9:.1f} billion parameters at this size")
+    model = auto.from_config(config).float().eval()
+    _roughen(model)
+    inputs = _inputs(model, config)
+    with torch.no_grad():
+        model(**inputs)  # so that what does not fit is known here
     return Loaded(model, (), inputs)
 
 
 # ---------------------------------------------------------------------------- the configuration
 
 
-def _values(config_class: Any, size: int, given: dict[str, Any] | None = None) -> dict[str, Any]:
+def _values(
+    config_class: Any, size: int, roles: frozenset[str], given: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Values that give a configuration a size, by the names of its fields."""
     values = dict(given or {})
     known = dict(_defaults(config_class))
@@ -116,9 +137,9 @@ def _values(config_class: Any, size: int, given: dict[str, Any] | None = None) -
             continue
         if isinstance(default, int):
             role = _role(name)
-            if role is not None and (default > 1 or role == "layers"):
+            if role in roles and (default > 1 or role == "layers"):
                 values[name] = min(_ROLES[role][1][size], default)
-            elif _TOKEN.fullmatch(name) and default > token - 16:
+            elif "words" in roles and _TOKEN.fullmatch(name) and default > token - 16:
                 values[name], token = token, token - 1
         elif isinstance(default, (tuple, list)) and _STAGES.fullmatch(name):
             if all(type(depth) is int for depth in default):
@@ -130,7 +151,7 @@ def _values(config_class: Any, size: int, given: dict[str, Any] | None = None) -
     for name, spec in (getattr(config_class, "sub_configs_defaults", None) or {}).items():
         if getattr(spec, "optional", False) and known.get(name) is None:
             continue
-        values[name] = _part(spec, size)
+        values[name] = _part(spec, size, roles)
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -161,12 +182,12 @@ def _image_size(known: dict[str, Any], size: int) -> Any:
     return None
 
 
-def _part(spec: Any, size: int) -> Any:
+def _part(spec: Any, size: int, roles: frozenset[str]) -> Any:
     """The configuration of a part (its text model, its image encoder)."""
     fixed = getattr(spec.config_class, "model_type", "")
     auto = spec.config_class.__name__ == "AutoConfig" or (fixed and fixed != spec.model_type)
     part_class = spec.get_config_class(spec.model_type) if auto else spec.config_class
-    values = _values(part_class, size, dict(spec.init_kwargs or {}))
+    values = _values(part_class, size, roles, dict(spec.init_kwargs or {}))
     if spec.model_type:
         return {"model_type": spec.model_type, **values}
     return part_class(**values)
