@@ -90,6 +90,18 @@ def test_keyword_arguments():
     assert main(["verify", "mine:with_keywords"]) == 0
 
 
+def test_diff(capsys):
+    assert main(["diff", "mine:net", "--after", "rewrite", "--context", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "capture -> rewrite" in out
+    assert "RMSNorm" in out
+    assert main(["diff", "mine:net", "--json"]) == 0
+    held = json.loads(capsys.readouterr().out)
+    assert [stage["stage"] for stage in held["stages"]][::5] == ["capture", "lower"]
+    assert main(["diff", "mine:net", "--after", "lowered"]) == 2
+    assert "there is no stage 'lowered'" in capsys.readouterr().err
+
+
 def test_verify(capsys):
     assert main(["verify", "mine:net", "--html", "page.html"]) == 0
     out, err = capsys.readouterr()
@@ -200,7 +212,7 @@ def test_as_a_module():
 def test_help_names_every_command_and_status(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in ("explain", "verify", "bench", "calibrate", "report", "exit status", "hf:FAMILY"):
+    for name in ("explain", "diff", "verify", "bench", "calibrate", "report", "exit status", "hf:FAMILY"):
         assert name in out
 
 

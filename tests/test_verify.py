@@ -269,9 +269,9 @@ def test_wrong_axis(monkeypatch):
 
 
 def test_missing_bias(monkeypatch):
-    def change(original, graph, node, readers):
+    def change(original, graph, node, plan):
         node.args = (*node.args[:2], None, *node.args[3:])
-        return original(graph, node, readers)
+        return original(graph, node, plan)
 
     broken(monkeypatch, fold, "_replace", change, "2.norm")
     found = blame(stream(nn.Linear(8, 8)), torch.randn(16, 8))
@@ -281,11 +281,11 @@ def test_missing_bias(monkeypatch):
 def test_unshared_weight(monkeypatch):
     """A weight that two layers share is folded for one of them, and the other reads it too."""
 
-    def change(original, graph, node, readers):
-        others = [u for r in readers for u in r.weight.users if u is not r.node]
-        before = {r.node: r.weight for r in readers}
-        original(graph, node, readers)
-        for reader in readers:
+    def change(original, graph, node, plan):
+        others = [u for r in plan.readers for u in r.weight.users if u is not r.node]
+        before = {r.node: r.weight for r in plan.readers}
+        original(graph, node, plan)
+        for reader in plan.readers:
             for other in others:
                 if g.is_call(other, torch.ops.aten.linear.default):
                     other.replace_input_with(before[reader.node], reader.node.args[1])
@@ -328,11 +328,11 @@ def test_stale_fold(monkeypatch):
         state.update(gm=gm, values=values)
         return original(gm, *args, values=values, **kwargs)
 
-    def change(replaced, graph, node, found):
-        replaced(graph, node, found)
+    def change(replaced, graph, node, plan):
+        replaced(graph, node, plan)
         gm, values = state["gm"], state["values"]
         assert isinstance(values, Values)
-        for reader in found:
+        for reader in plan.readers:
             made = reader.node.args[1]
             name = f"stale_{len(list(gm.buffers()))}"
             gm.register_buffer(name, values.of(made))
@@ -429,6 +429,18 @@ def test_a_gradient_that_is_lost(monkeypatch):
     broken(monkeypatch, lower, "_as_operator", change, "3.norm")
     found = blame(stream(nn.Linear(8, 8)), torch.randn(16, 8), grad=True)
     assert found == ("lower", "lower", "3.norm")
+
+
+def test_a_rule_in_the_body_of_a_checkpoint(monkeypatch):
+    def change(original, graph, node):
+        made = original(graph, node)
+        x, sizes, weight, bias, eps = made.args
+        made.args = (x, sizes, bias, weight, eps)
+        return made
+
+    broken(monkeypatch, lower, "_as_operator", change, "block.norm")
+    found = blame(roughened(Checkpointed()), torch.randn(4, 8), grad=True)
+    assert found == ("recognise", "lower", "block.norm")  # the stage in which bodies are rewritten
 
 
 # ---------------------------------------------------------------------------- what is shown

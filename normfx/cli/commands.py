@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ def explain(asked: argparse.Namespace) -> bool:
     with _called(asked, loaded):
         report = normfx.explain(loaded.model, **_settings(asked))(*loaded.args, **loaded.kwargs)
     print(report.to_json() if asked.json else str(report).rstrip())
+    return True
+
+
+def diff(asked: argparse.Namespace) -> bool:
+    """Prints a unified diff of two stages."""
+    loaded = _load(asked)
+    with _called(asked, loaded):
+        found = normfx.diff(loaded.model, **_settings(asked))(*loaded.args, **loaded.kwargs)
+        text = found.text(asked.before, asked.after, asked.context, expand=asked.expand)
+    if asked.json:
+        stages = [{**asdict(stage), "delta": dict(stage.delta)} for stage in found.stages]
+        print(json.dumps({"stages": stages, "text": text}, indent=1))
+    else:
+        print(text.rstrip())
     return True
 
 
@@ -123,6 +138,7 @@ def report(asked: argparse.Namespace) -> bool:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "explain": explain,
+    "diff": diff,
     "verify": verify,
     "bench": bench,
     "calibrate": calibrate,

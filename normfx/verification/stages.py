@@ -73,14 +73,19 @@ class Staged:
         return {site.key: site for site in self.journal.sites}
 
     def applied(self, stage: str) -> list[tuple[str, str]]:
-        """What a stage did: (rule, key of the site), in the order of the sites."""
-        if stage == "lower":
-            return [("lower", key) for key in self.keyed]
+        """What a stage did: (rule, key of the site), in the order of the sites.
+
+        All that was done to the body of an operator (an activation checkpoint) was done while the
+        graph around it was recognised.
+        """
         found: dict[tuple[str, str], None] = {}
         for site in self.journal.sites:
+            inside = site.key not in self.regions
             for record in site.records:
-                if record.changed and record.stage == stage:
+                if record.changed and stage == ("recognise" if inside else record.stage):
                     found[record.rule, site.key] = None
+            if stage == ("recognise" if inside else "lower"):
+                found["lower", site.key] = None
         return list(found)
 
 
