@@ -212,7 +212,16 @@ def test_as_a_module():
 def test_help_names_every_command_and_status(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in ("explain", "diff", "verify", "bench", "calibrate", "report", "exit status", "hf:FAMILY"):
+    for name in (
+        "explain",
+        "diff",
+        "verify",
+        "bench",
+        "calibrate",
+        "report",
+        "exit status",
+        "hf:FAMILY",
+    ):
         assert name in out
 
 

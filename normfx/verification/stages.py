@@ -102,7 +102,7 @@ def staged(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Staged:
     texts = [""]
 
     def observe(name: str, module: fx.GraphModule) -> None:
-        text = "\n".join(map(str, map(_call, module.graph.nodes)))
+        text = "\n".join(_call(node, module) for node in module.graph.nodes)
         found.append(Stage(name, _copy(module), changed=text != texts[-1]))
         texts.append(text)
         if name == "recognise":
@@ -117,8 +117,11 @@ def staged(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Staged:
     return Staged(journal, stages, regions)
 
 
-def _call(node: fx.Node) -> tuple[Any, ...]:
-    return node.name, node.op, node.target, node.args, node.kwargs
+def _call(node: fx.Node, module: fx.GraphModule) -> str:
+    """All that a node does, as text; a body that was rewritten is another module."""
+    held = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+    body = id(held) if isinstance(held, fx.GraphModule) else None
+    return str((node.name, node.op, node.target, node.args, node.kwargs, body))
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:
