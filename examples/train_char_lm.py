@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,9 +24,9 @@ import torch
 from char_lm import SHAPE, CharLM, Text, held_out_loss, read_text, train
 from curves import plot_curves
 from folding import count_nodes
+from kept import Folder
 from presentation import make_console, new_table
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from small_transformer import norm_layers
 from torch import Tensor
 
@@ -43,41 +42,6 @@ def new_model(norm: str, steps: int, seed: int = 0) -> CharLM:
     """A model that has learned nothing; a seed gives every norm the same weights."""
     torch.manual_seed(seed)
     return CharLM(norm_layers(SHAPE, int(WARMUP_SHARE * steps))[norm])
-
-
-class Folder:
-    """Where trained models are kept, so that a run that was cut off goes on.
-
-    Attributes:
-        path: `results.json`, `<norm>-<seed>.safetensors` and the picture are in it.
-        results: the entry of each training, by "<norm>-<seed>".
-    """
-
-    def __init__(self, path: Path, settings: dict[str, int]) -> None:
-        self.path, self._settings = path, settings
-        self.results: dict[str, dict[str, Any]] = {}
-        path.mkdir(parents=True, exist_ok=True)
-        if (path / "results.json").exists():
-            known = json.loads((path / "results.json").read_text())
-            if known["settings"] != settings:
-                raise SystemExit(
-                    f"{path} has results for {known['settings']}, asked for are {settings}; give "
-                    f"another --output, or remove that folder"
-                )
-            self.results = known["results"]
-
-    def add(self, name: str, result: dict[str, Any], model: CharLM) -> None:
-        """Keeps a trained model and its result."""
-        save_file(model.state_dict(), self.path / f"{name}.safetensors")
-        self.results[name] = result
-        kept = {"settings": self._settings, "results": self.results}
-        (self.path / "results.json").write_text(json.dumps(kept, indent=1))
-
-    def load(self, norm: str, seed: int) -> CharLM:
-        """A trained model, in eval mode."""
-        model = new_model(norm, self._settings["steps"])
-        model.load_state_dict(load_file(self.path / f"{norm}-{seed}.safetensors"))
-        return model.eval()
 
 
 def trained(folder: Folder, text: Text, norm: str, seed: int, steps: int) -> dict[str, Any]:
@@ -100,7 +64,7 @@ def show_losses(
         console,
         "Held-out loss, nats a character",
         f"Mean and range over seeds {', '.join(map(str, seeds))}. x LN: seed by seed. Batch "
-        "statistics: the loss in training mode,\nin which BN, PN and UN see statistics of the "
+        "statistics: the loss in training mode, in which BN, PN and UN see statistics of the "
         "whole batch, tokens to come among them. Seconds: of the steps of a training.",
     )
     table.add_column("norm")
@@ -132,9 +96,8 @@ def show_folds(console: Console, models: dict[str, CharLM], windows: Tensor, low
     table = new_table(
         console,
         'After torch.compile(model, backend="normfx")',
-        "Norm nodes: normalizations that normfx found, and that its graph still has (where a row "
-        "scale went past a product, the\nrest of the norm is spelled out, and counts no more). "
-        "Operators: of that graph; 64 without any norm.",
+        "Norm nodes: normalizations that normfx found, and that its graph still has. Operators: "
+        "of that graph, whose weights are folded.",
     )
     table.add_column("norm")
     for heading in ("norm nodes", "left", "operators", "loss, eager", "loss, compiled", "moved"):
@@ -198,7 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         title=f"GPT of {SHAPE.depth} blocks, width {SHAPE.width}, on Python source",
         ylabel="held-out loss, nats a character",
     )
-    models = {norm: folder.load(norm, options.seeds[0]) for norm in options.norm}
+    models = {
+        norm: folder.load(f"{norm}-{options.seeds[0]}", new_model(norm, options.steps))
+        for norm in options.norm
+    }
     return 0 if show_folds(console, models, text.held_out, options.lowering) else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -74,17 +75,30 @@ def test_the_norms_of_invariant_weights_hardly_grow(examples):
 TINY = ["--steps", "4", "--windows", "16", "--lowering", "eager"]
 
 
-def test_train_char_lm(examples, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def tiny(examples, monkeypatch):
+    """A model of one block, in which there are three norms."""
+    import char_lm
+    import train_char_lm
+
+    shape = dataclasses.replace(char_lm.SHAPE, width=32, depth=1)
+    monkeypatch.setattr(char_lm, "SHAPE", shape)
+    monkeypatch.setattr(train_char_lm, "SHAPE", shape)
+
+
+def folds_of(printed: str) -> dict[str, tuple[str, str]]:
+    """Norm nodes of each model, found and left, from the table of `show_folds`."""
+    rows = [row.split() for row in printed.partition("norm nodes")[2].splitlines()]
+    return {row[1]: (row[3], row[5]) for row in rows if row[1:2] in (["LN"], ["UN"])}
+
+
+def test_train_char_lm(tiny, tmp_path, monkeypatch, capsys):
     import train_char_lm as example
 
     arguments = ["--norm", "LN,UN", "--seeds", "3", "--output", str(tmp_path), *TINY]
     assert example.main(arguments) == 0, "folding left a norm of UN, or moved a loss"
-    printed = capsys.readouterr().out
-    folds = [row.split() for row in printed.partition("norm nodes")[2].splitlines()]
-    nodes = {row[1]: (row[3], row[5]) for row in folds if row[1:2] in (["LN"], ["UN"])}
-    assert nodes["UN"] == ("9", "0")
-    assert nodes["LN"][0] == "9"
-    assert nodes["LN"][1] > "0"
+    folds = folds_of(capsys.readouterr().out)
+    assert folds == {"LN": ("3", "3"), "UN": ("3", "0")}
 
     kept = json.loads((tmp_path / "results.json").read_text())["results"]
     assert kept.keys() == {"LN-3", "UN-3"}
@@ -92,9 +106,67 @@ def test_train_char_lm(examples, tmp_path, monkeypatch, capsys):
     assert "<svg" in (tmp_path / "losses.svg").read_text()
 
     monkeypatch.setattr(example, "train", None)  # what is in the folder is not trained again
+    monkeypatch.setattr(example, "show_folds", lambda *_: True)
     assert example.main(arguments) == 0
     with pytest.raises(SystemExit, match="give another --output"):
         example.main([*arguments, "--steps", "5"])
+
+
+def test_remove_layernorm(tiny, tmp_path, capsys):
+    import remove_layernorm as example
+
+    arguments = ["--models", str(tmp_path / "models"), "--output", str(tmp_path), *TINY]
+    # After four steps of training nothing is learned that a conversion could damage.
+    assert example.main([*arguments, "--fine-tuning", "8", "--rounds", "1"]) == 0
+    assert "0 of 3 norm nodes left" in capsys.readouterr().out
+    stages = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert [left for _, left, _ in stages] == [3, 0, 2, 1, 0, 0, 0]
+    assert "<svg" in (tmp_path / "losses.svg").read_text()
+
+
+def test_train_digits_vit(examples, tmp_path, capsys):
+    import train_digits_vit as example
+
+    arguments = ["--seeds", "0", "--epochs", "2", "--lowering", "eager", "--output", str(tmp_path)]
+    assert example.main(arguments) == 0, "an answer has changed, or a norm is left"
+    rows = [
+        row.split() for row in capsys.readouterr().out.splitlines() if "%" in row and "|" in row
+    ]
+    assert {row[1]: row[9:14:2] for row in rows} == {
+        "LN": ["5", "5", "0"],
+        "BN": ["5", "0", "0"],
+        "UN": ["5", "0", "0"],
+    }
+    kept = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert all(run["accuracies"][-1] > 1.5 / example.CLASSES for run in kept.values())
+
+
+def test_moved_images_keep_what_is_in_them(examples):
+    import train_digits_vit as example
+
+    images = torch.full((50, example.SIDE, example.SIDE), -1.0)
+    images[:, 3, 4] = torch.arange(50.0)
+    moved = example.moved(images, torch.Generator().manual_seed(0))
+    assert torch.equal(moved.sum((1, 2)), images.sum((1, 2)))
+    places = {tuple((row > -1).nonzero()[0].tolist()) for row in moved}
+    assert places == {(y, x) for y in (2, 3, 4) for x in (3, 4, 5)}
+
+
+def test_a_folded_norm_leaves_no_operator(tiny):
+    """UN and BatchNorm: as many operators as with no norm at all."""
+    import char_lm
+    from folding import count_nodes
+    from small_transformer import norm_layers
+
+    layers = norm_layers(char_lm.SHAPE, 10)
+    tokens = torch.zeros(1, 5, dtype=torch.int64)
+
+    def operators(new_norm):
+        return count_nodes(char_lm.CharLM(new_norm).eval(), tokens).operators
+
+    none = operators(torch.nn.Identity)
+    assert operators(layers["LN"]) > none
+    assert operators(layers["BN"]) == operators(layers["UN"]) == none
 
 
 def test_every_norm_starts_from_the_same_weights(examples):
