@@ -26,6 +26,13 @@ NO_TRITON  := import sys, importlib.metadata as m; sys.exit(any("triton" in r fo
 # pyright would ask the network whether there is a newer one.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
+# The tests of the page of a diff drive a real browser, and say so where they skip for want of one.
+CHROMIUM   := if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then \
+		echo "environment: chromium"; \
+		apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium \
+			>/dev/null || echo "environment: no chromium here; tests of the page will skip"; \
+	fi
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv demo test zoo lint fix docs site clean
@@ -71,6 +78,7 @@ $(STAMP): $(PY) $(wildcard requirements/*.txt) pyproject.toml Makefile
 	@$(PIP) install torch==$(TORCH)
 	@echo "environment: tools, examples"
 	@$(PIP) install -r requirements/dev.txt
+	@$(CHROMIUM)
 	@if $(PY) -c '$(NO_TRITON)'; then $(PIP) install -r requirements/triton.txt; fi
 	@$(PIP) install --no-deps -r requirements/no-deps.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .

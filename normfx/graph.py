@@ -234,6 +234,17 @@ def location(node: fx.Node) -> str:
     return f"{users[-1]['file']}:{users[-1]['line']}" if users else ""
 
 
+def user_frames(trace: str) -> list[tuple[str, int, str, str]]:
+    """The user's frames of a stack trace, the innermost last: file, line, function, source line."""
+    lines = trace.splitlines()
+    frames = [(i, m) for i, m in enumerate(map(_FRAME.search, lines)) if m]
+    return [
+        (m["file"], int(m["line"]), m["function"], "".join(lines[i + 1 : i + 2]).strip())
+        for i, m in frames
+        if not m["file"].startswith(_TORCH)
+    ]
+
+
 def module_path(node: fx.Node) -> str:
     """The qualified name of the module that made this node (`layers.0.norm`), or ""."""
     stack = node.meta.get("nn_module_stack")

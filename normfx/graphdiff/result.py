@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from normfx.errors import OptionError
@@ -107,6 +110,47 @@ class GraphDiff:
             _heading(alike[::-1], before, after) + "".join(f"{line}\n" for line in lines[:-1])
             for lines, alike in reversed(shown.items())
         )
+
+    def html(self, path: str | os.PathLike[str]) -> None:
+        """Writes all stages as one page that needs no network and no server.
+
+        Args:
+            path: of the file; it is replaced.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        from normfx.graphdiff.html import page
+
+        Path(path).write_text(page(self.graphs), encoding="utf-8")
+
+    def export(self, path: str | os.PathLike[str], stage: str = "lower") -> None:
+        """Writes a stage of all graphs for other tools, by the ending of the file.
+
+        `.json` is for Model Explorer (`pip install ai-edge-model-explorer`). `.dot` is what the
+        drawer of `torch.fx` makes, for graphviz, one graph after the other.
+
+        Args:
+            path: of the file; it is replaced.
+            stage: the name of the stage.
+
+        Raises:
+            OptionError: there is no such stage, or the ending is another.
+            RuntimeError: `.dot`, and pydot is not installed.
+            OSError: it cannot be written.
+        """
+        from normfx.graphdiff.export import dot, model_explorer
+
+        path = Path(path)
+        chosen = [(recorded, snapshot_of(recorded, stage)) for recorded in self.graphs]
+        if path.suffix == ".json":
+            graphs = [model_explorer(*pair) for pair in chosen]
+            text = json.dumps({"label": f"normfx {stage}", "graphs": graphs})
+        elif path.suffix == ".dot":
+            text = "".join(dot(*pair) for pair in chosen)
+        else:
+            raise OptionError(f"{path.name} must end in .json or .dot")
+        path.write_text(text, encoding="utf-8")
 
     def __str__(self) -> str:
         return self.text()
