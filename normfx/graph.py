@@ -188,16 +188,49 @@ def is_pure(node: fx.Node) -> bool:
     return target is operator.getitem or (spec is not None and spec.statistic != "batch")
 
 
+_TRAINED = "normfx_trained"
+
+
+def mark_trained(placeholders: Iterable[fx.Node]) -> None:
+    """Notes the inputs that gradients are wanted of, where the graph is differentiated."""
+    for node in placeholders:
+        node.meta[_TRAINED] = True
+
+
+def has_frozen(graph: fx.Graph) -> bool:
+    """Whether there are parameters that no gradients are wanted of."""
+    return any(
+        isinstance(tensor(node), torch.nn.Parameter) and not node.meta.get(_TRAINED)
+        for node in state_placeholders(graph)
+    )
+
+
+def is_trained(*nodes: fx.Node) -> bool:
+    """Whether one of these is made of parameters alone, of some of which gradients are wanted."""
+    for node in nodes:
+        inputs = [found for found in behind([node]) if found.op == "placeholder"]
+        trained = any(found.meta.get(_TRAINED) for found in inputs)
+        if trained and all(map(is_module_state, inputs)):
+            return True
+    return False
+
+
 _UNDEFINED = frozenset({torch.ops.aten.empty, torch.ops.aten.empty_strided, None})
 
 
-def parameter_only(graph: fx.Graph) -> set[fx.Node]:
+def parameter_only(graph: fx.Graph, *, frozen: bool = False) -> set[fx.Node]:
     """The nodes whose value depends on parameters, buffers and constants alone, and these too.
 
     A value whose storage is written to somewhere in the graph does not count.
+
+    Args:
+        graph: the graph.
+        frozen: leave out what gradients are wanted of: the rest is constant in training too.
     """
     written = written_storages(graph)
     state = set(state_placeholders(graph))
+    if frozen:
+        state = {node for node in state if not node.meta.get(_TRAINED)}
     for node in graph.nodes:
         if node.op == "get_attr" and tensor(node) is not None and storage(node) not in written:
             state.add(node)

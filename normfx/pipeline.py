@@ -96,6 +96,8 @@ def rewrite(
 
     with _stage("capture", journal):
         captured = capture(gm)
+    if grad:
+        g.mark_trained(_trained(gm, captured))
     journal.nodes = len(captured.graph.nodes)
     watch("capture", captured)
     with _stage("recognise", journal):
@@ -111,28 +113,32 @@ def rewrite(
             adapted(captured, options, grad=grad, in_body=in_body, inputs=inputs)
         watch("test-time", captured)
     blocked = _blocked(grad, tracked, in_body)
+    # what no gradients are wanted of is constant in training too, if it can leave the graph
+    hoists = _blocked(False, tracked, in_body) is None and options.allows("hoist")
+    frozen = grad and hoists and g.has_frozen(captured.graph)
+    folds = None if frozen else blocked
     with _stage("rewrite", journal):
         values = Values(captured, inputs)
         unread(captured, options)
         conditions = open_clamp(captured, options, blocked=blocked, values=values)
         norm_of_norm(captured, options, grad=grad)
         identity_norm(captured, options)
-        recentre(captured, options, blocked=blocked)
+        recentre(captured, options, blocked=blocked, frozen=frozen)
     watch("rewrite", captured)
     with _stage("fold", journal):
         marked = marked_inputs(gm, inputs)
         conditions += neutral(captured, options, marked, blocked=blocked)
-        fold_back(captured, options, blocked=blocked, permit=permit)
+        fold_back(captured, options, blocked=folds, permit=permit)
         conditions += telescope(captured, options, blocked=blocked, values=values)
-        conditions += fold(captured, options, blocked=blocked, permit=permit, values=values)
+        conditions += fold(captured, options, blocked=folds, permit=permit, values=values)
         compress(captured, options, blocked=blocked)
         defer_scale(captured, options, grad=grad)
         erase_unused(captured.graph, conditions)
     watch("fold", captured)
     hoisted = None
     with _stage("hoist", journal):
-        if not blocked and options.allows("hoist"):
-            hoisted = hoist(captured, journal, conditions)
+        if hoists and (frozen or not grad):
+            hoisted = hoist(captured, journal, conditions, grad=grad)
         else:
             assert not conditions  # nobody would check them
     watch("hoist", captured)
@@ -144,6 +150,13 @@ def rewrite(
         captured.recompile()
     watch("lower", captured)
     return Rewritten(captured, hoisted)
+
+
+def _trained(gm: fx.GraphModule, captured: fx.GraphModule) -> list[fx.Node]:
+    """The inputs of a captured graph that gradients are wanted of."""
+    given = zip(*(m.graph.find_nodes(op="placeholder") for m in (gm, captured)), strict=False)
+    held = [(g.tensor(before), node) for before, node in given]
+    return [node for tensor, node in held if tensor is not None and tensor.requires_grad]
 
 
 def _blocked(grad: bool, tracked: bool, in_body: bool) -> Refusal | None:

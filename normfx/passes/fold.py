@@ -49,7 +49,7 @@ from normfx.passes.readers import (
 from normfx.passes.rounding import rounded
 from normfx.passes.sign import is_nonnegative
 from normfx.passes.values import Values
-from normfx.passes.verdict import Permit, Refused, allows, change, refuse
+from normfx.passes.verdict import Permit, Refused, allows, change, not_constant, refuse
 from normfx.record import Refusal
 from normfx.torch_internals import size_hint
 
@@ -132,7 +132,8 @@ def fold(
     """
     conditions: list[fx.Node] = []
     constant = g.parameter_only(gm.graph)
-    known = _Known(constant, g.written_storages(gm.graph), rounded(gm.graph, constant))
+    frozen = g.parameter_only(gm.graph, frozen=True)
+    known = _Known(frozen, g.written_storages(gm.graph), rounded(gm.graph, constant))
     for node in list(gm.graph.find_nodes(op="call_function", target=norm)):
         if node.args[0] in constant:  # a standardised weight: hoist takes all of it
             continue
@@ -166,7 +167,7 @@ def fold(
             _replace(gm.graph, node, plan)
         # another norm may be read by the same operators, beside this one
         made = [n for reader in plan.readers for n in reader.node.all_input_nodes]
-        constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
+        frozen.update(n for n in made if n.meta.get("normfx_rule") == RULE)
         names = ", ".join(reader.node.name for reader in plan.readers)
         change(node, "fold", rule, f"into {names}")
     return conditions
@@ -335,7 +336,7 @@ def _affine_dim(
         return Refused(blocked, node)
     for operand in operands:
         if operand not in constant:
-            return Refused(Refusal.NOT_CONSTANT, operand)
+            return not_constant(Refusal.NOT_CONSTANT, operand, operand)
     dim = channel_dim(node, operands)
     if dim is None and all(is_number(operand) for operand in operands):
         dim = len(g.shape(node) or ()) - 1

@@ -26,7 +26,7 @@ from normfx.options import Options
 from normfx.passes.channels import channel_dim
 from normfx.passes.emit import Emitter
 from normfx.passes.values import Values
-from normfx.passes.verdict import Permit, Refused, allows, change, refuse
+from normfx.passes.verdict import Permit, Refused, allows, change, not_constant, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -121,12 +121,13 @@ def fold_back(
         channels-mixed.
     """
     constant = g.parameter_only(gm.graph)
+    frozen = g.parameter_only(gm.graph, frozen=True)
     written = g.written_storages(gm.graph)
     for node in list(gm.graph.find_nodes(op="call_function", target=norm)):
         spec: Any = node.kwargs["spec"]
         if spec.statistic not in ("running", "static") or node.args[0] in constant:
             continue
-        plan = _check(node, constant, written, options, blocked=blocked)
+        plan = _check(node, frozen, written, options, blocked=blocked)
         if permit is not None and not isinstance(plan, Refused):
             plan = permit(node, plan) or plan
         if isinstance(plan, Refused):
@@ -135,7 +136,7 @@ def fold_back(
             _replace(gm.graph, node, plan)
             # a second norm behind the first folds into the weights that the first has made
             made = [n for part in plan.parts for n in part.writer.node.all_input_nodes]
-            constant.update(n for n in made if n.meta.get("normfx_rule") == RULE)
+            frozen.update(n for n in made if n.meta.get("normfx_rule") == RULE)
             change(node, "fold", RULE, ", ".join(part.writer.node.name for part in plan.parts))
 
 
@@ -182,7 +183,7 @@ def given_channel(
     operands: Any = node.args[1:]
     for operand in operands:
         if operand is not None and operand not in constant:
-            return Refused(Refusal.NOT_CONSTANT, operand)
+            return not_constant(Refusal.NOT_CONSTANT, operand, operand)
     channel = channel_of(node)
     return Refused(Refusal.CHANNELS_MIXED, node) if channel is None else channel
 
@@ -260,8 +261,10 @@ def parts_of(
         if before < 0:
             return Refused(Refusal.CHANNELS_MIXED, source)
         reader, source, channel = source, source.args[0], before
-    if writer.weight not in constant or (writer.bias is not None and writer.bias not in constant):
-        return Refused(Refusal.WEIGHT_NOT_CONSTANT, writer.node)
+    read = [writer.weight] if writer.bias is None else [writer.weight, writer.bias]
+    computed = [operand for operand in read if operand not in constant]
+    if computed:
+        return not_constant(Refusal.WEIGHT_NOT_CONSTANT, writer.node, *computed)
     if g.dtype(writer.weight) is torch.float16:
         return Refused(Refusal.RANGE, writer.node)
     # `linear` and `addmm` broadcast a bias: one for each row would be no bias after the scale

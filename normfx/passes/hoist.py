@@ -4,7 +4,8 @@ What they compute becomes further inputs of the captured graph, marked static as
 second graph makes them from the parameters; `live.LiveWeights` runs it before the first call and
 after every change of a parameter. Inputs and not buffers, because dynamo reuses compiled code for
 another module of the same class (a second model, the next block): each then has hoisted tensors of
-its own. Only without gradients: with them, the computation must stay where autograd sees it.
+its own. With gradients, what reads a parameter that one is wanted of stays where autograd sees it;
+what reads frozen parameters alone leaves the graph of a training step too.
 """
 
 from __future__ import annotations
@@ -78,16 +79,20 @@ class Hoisted:
 
 
 def hoist(
-    gm: fx.GraphModule, journal: Journal, conditions: Sequence[fx.Node] = ()
+    gm: fx.GraphModule,
+    journal: Journal,
+    conditions: Sequence[fx.Node] = (),
+    *,
+    grad: bool = False,
 ) -> Hoisted | None:
     """Moves every parameter-only computation out of the graph.
 
     Args:
-        gm: a graph without gradients; changed in place: it gets one more input for each hoisted
-            value.
+        gm: a graph; changed in place: it gets one more input for each hoisted value.
         journal: gets the number of hoisted tensors and their bytes.
         conditions: nodes that read only parameters, each a truth value that rules rely on. They
             leave the graph.
+        grad: whether gradients flow through the graph.
 
     Returns:
         What makes the new inputs, or None if there is nothing to hoist.
@@ -95,9 +100,11 @@ def hoist(
     graph = gm.graph
     # those of constants alone (parameters under Inductor's freezing) were met when they were made
     conditions = [c for c in conditions if any(n.op == "placeholder" for n in g.behind([c]))]
-    constant = g.parameter_only(graph)
+    constant = g.parameter_only(graph, frozen=True)
     _merge(graph, constant, set(conditions))
     targets = _targets(graph, constant)
+    if grad:  # a table made of buffers may be another one in each step
+        targets = [node for node in targets if _reads_parameter(node)]
     outputs = [*targets, *conditions]
     if not outputs:
         return None
@@ -219,6 +226,10 @@ def _computed(node: fx.Node) -> fx.Node | None:
             return current
         assert isinstance(source, fx.Node)
         current = source
+
+
+def _reads_parameter(node: fx.Node) -> bool:
+    return any(isinstance(g.tensor(n), torch.nn.Parameter) for n in g.behind([node]))
 
 
 def _is_hoistable(node: fx.Node) -> bool:

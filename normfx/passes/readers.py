@@ -20,7 +20,7 @@ from normfx import graph as g
 from normfx.layout import is_one
 from normfx.passes.channels import NONE, Channels
 from normfx.passes.emit import Emitter
-from normfx.passes.verdict import Refused
+from normfx.passes.verdict import Refused, not_constant
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -119,8 +119,10 @@ def reader_of(
         return Refused(Refusal.NOT_LINEAR, user)
     if channels.dims() not in ([], [contracted]):
         return Refused(Refusal.DIM_NOT_LAST, user)
-    if weight not in constant or (bias is not None and bias not in constant):
-        return Refused(Refusal.WEIGHT_NOT_CONSTANT, user)
+    read = [weight] if bias is None else [weight, bias]
+    computed = [operand for operand in read if operand not in constant]
+    if computed:
+        return not_constant(Refusal.WEIGHT_NOT_CONSTANT, user, *computed)
     if g.dtype(weight) is torch.float16:
         return Refused(Refusal.RANGE, user)
     # a bias of another shape is none: `addmm` and `linear` broadcast it

@@ -48,13 +48,16 @@ _SAVED = 2
 _SUMS = frozenset({aten.add, aten.mul, aten.div, aten.to, aten._to_copy, aten.dropout} | VIEWS)
 
 
-def recentre(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -> None:
+def recentre(
+    gm: fx.GraphModule, options: Options, *, blocked: Refusal | None, frozen: bool = False
+) -> None:
     """Makes an RMSNorm of every LayerNorm whose input can be given mean zero.
 
     Args:
         gm: a graph with canonical nodes; changed in place.
         options: says whether the rule may run.
         blocked: why no weight may be changed in this graph (gradients flow, say), or None.
+        frozen: whether those that no gradients are wanted of may nevertheless.
 
     With gradients the rule runs only if it is asked for by name: the weights are centred again in
     every step, in the graph, so the parameters get the gradients that they have without it.
@@ -67,7 +70,9 @@ def recentre(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -
     """
     training = blocked is Refusal.NEEDS_GRAD
     if training and options.asks_for(RULE):
-        blocked = None
+        blocked, frozen = None, False
+    elif frozen:
+        blocked, training = None, False
     constant = g.parameter_only(gm.graph)
     sites = [
         node
@@ -79,6 +84,8 @@ def recentre(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -
     if sites and blocked is None and options.allows(RULE):
         blind = MeanBlind(gm.graph)
         plans = _plans(gm.graph, [n for n in sites if allows(options, RULE, n)], blind)
+        if frozen:
+            plans = {node: _of_frozen(node, plan) for node, plan in plans.items()}
     for node in sites:
         plan = plans.get(node) or _switched_off(node, options, blocked)
         if isinstance(plan, Refused):
@@ -89,6 +96,15 @@ def recentre(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -
             change(node, "rewrite", RULE, f"centres {', '.join(dict.fromkeys(names))}")
     if blind is not None:
         _centre(gm.graph, plans, blind, torch.float32 if training else torch.float64)
+
+
+def _of_frozen(node: fx.Node, plan: Zero | Refused) -> Zero | Refused:
+    """Refuses a plan that centres anything in every step, or what is trained."""
+    if isinstance(plan, Refused):
+        return plan
+    read = [*(use.value for use in plan.uses), *(use.scale for use in plan.uses)]
+    trained = g.is_trained(*(node for node in read if node is not None))
+    return Refused(Refusal.NEEDS_GRAD, node) if plan.values or trained else plan
 
 
 def _is_layer_norm(node: fx.Node) -> bool:

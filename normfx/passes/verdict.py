@@ -27,6 +27,11 @@ class Refused:
 Permit: TypeAlias = Callable[[fx.Node, Any], "Refused | None"]
 
 
+def not_constant(code: Refusal, guilty: fx.Node, *operands: fx.Node) -> Refused:
+    """Refuses operands that are computed, with this code; or that gradients are wanted of."""
+    return Refused(Refusal.NEEDS_GRAD if g.is_trained(*operands) else code, guilty)
+
+
 def allows(options: Options, rule: str, norm: fx.Node) -> bool:
     """Whether a rule may run at all, and on this canonical norm."""
     return options.allows(rule, norm.meta["normfx_site"].key)
