@@ -151,7 +151,7 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.NO_READER: Explanation("Nothing reads the norm's result.", "Nothing to do."),
     Refusal.NEEDS_GRAD: Explanation(
         "Gradients are wanted: the weights would be folded again in every step; that does not pay.",
-        "Run inference under torch.no_grad() or torch.inference_mode().",
+        "Run inference under torch.no_grad() or inference_mode(), or freeze what is not trained.",
     ),
     Refusal.NOT_CONSTANT: Explanation(
         "The weight, bias or a statistic of the norm is computed from activations.",
