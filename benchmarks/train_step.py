@@ -29,8 +29,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import machine
-from examples.measure import interleaved_latency, ratio, spread
 from examples.small_transformer import Shape, Transformer, norm_layers, optimizer_for
+from normfx.timing import interleaved_latency, ratio, spread
 
 BACKENDS = ("eager", "inductor", "normfx")
 BASE = "LN"

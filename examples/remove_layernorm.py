@@ -26,13 +26,13 @@ from char_lm import CONTEXT, CharLM, Curve, Text, batches, held_out_loss, read_t
 from curves import plot_curves
 from folding import count_nodes
 from kept import Folder
-from measure import interleaved_latency, ratio, spread
 from presentation import make_console, new_table, spread_text
 from rich.console import Console
 from torch import Tensor, nn
 from train_char_lm import LOSS_BOUND, STEPS, WINDOWS, new_model, trained
 
 import normfx
+from normfx.timing import interleaved_latency, ratio, spread
 
 # A third of the model's own training, at a third of its learning rate: values for fine-tuning that
 # no result was used to choose.
