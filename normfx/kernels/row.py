@@ -211,6 +211,10 @@ def _forward(
     if rows == 0 or cols == 0:
         return
     launch = forward_launch(cols)
+    if launch.splits > 1 and form.quantise != "none" and form.block == 0:
+        raise ValueError(
+            f"row kernels: one scale for a row of {cols} columns: choose a block of columns."
+        )
     x, residual, gate = _lined_up(x), _lined_up(residual), _lined_up(gate)
     mean = mean if form.needs_mean else None
     constants = {
@@ -245,7 +249,7 @@ def _forward(
         return
     part = None
     if launch.splits > 1:
-        part = torch.empty((rows, launch.splits, 2), dtype=torch.float32, device=x.device)
+        part = torch.empty((rows, launch.splits, 3), dtype=torch.float32, device=x.device)
         wrap_triton(forward_statistics)[(rows, launch.splits)](
             x,
             residual,

@@ -244,12 +244,12 @@ def forward_statistics(
     SPLIT_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The moments of one part of one row: (rows, splits, 2)."""
+    """The moments of one part of one row: (rows, splits, 3)."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     first = split * SPLIT_N
     end = tl.minimum(first + SPLIT_N, cols)
-    _n, mean, m2 = row_moments(
+    _n, pivot, mean, m2 = row_moments(
         x_ptr + row * x_row_stride,
         residual_ptr if residual_ptr is None else residual_ptr + row * residual_row_stride,
         gate_ptr if gate_ptr is None else gate_ptr + row * gate_row_stride,
@@ -261,9 +261,10 @@ def forward_statistics(
         GATE,
         BLOCK_N,
     )
-    at = (row * tl.num_programs(1) + split) * 2 + tl.arange(0, 1)
-    tl.store(part_ptr + at, mean)
-    tl.store(part_ptr + at + 1, m2)
+    at = (row * tl.num_programs(1) + split) * 3 + tl.arange(0, 1)
+    tl.store(part_ptr + at, pivot)
+    tl.store(part_ptr + at + 1, mean)
+    tl.store(part_ptr + at + 2, m2)
 
 
 @triton.jit
@@ -279,11 +280,14 @@ def row_moments(
     GATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Count, mean and m2 of the columns from `first` to `end` of a row, chunk after chunk.
+    """(n, pivot, mean - pivot, m2) of the columns from `first` to `end`, chunk after chunk.
 
-    Without MEAN, the plain sum of squares. Writes the stream on the way.
+    The pivot is the mean of the first chunk. Means relative to it are small, so that their
+    differences, which m2 takes, are exact where the mean is large. Without MEAN, m2 is the plain
+    sum of squares. Writes the stream on the way.
     """
     n = tl.zeros([1], dtype=tl.float32)
+    pivot = tl.zeros([1], dtype=tl.float32)
     mean = tl.zeros([1], dtype=tl.float32)
     m2 = tl.zeros([1], dtype=tl.float32)
     for start in range(first, end, BLOCK_N):
@@ -293,12 +297,16 @@ def row_moments(
         if stream_ptr is not None:
             tl.store(stream_ptr + col, h.to(stream_ptr.dtype.element_ty), mask=mask)
         count = tl.minimum(end - start, BLOCK_N).to(tl.float32)
+        if MEAN:
+            if start == first:
+                pivot = tl.sum(h, axis=1) / count
+            h = tl.where(mask, h - pivot[:, None], 0.0)
         chunk_mean, chunk_m2 = moments(h, mask, count, MEAN)
         if MEAN:
             n, mean, m2 = joined(n, mean, m2, count, chunk_mean, chunk_m2)
         else:
             m2 += chunk_m2
-    return n, mean, m2
+    return n, pivot, mean, m2
 
 
 @triton.jit
@@ -454,7 +462,7 @@ def forward_looped(
     first = split * SPLIT_N
     if SPLITS == 1:
         end = cols
-        n, mean, m2 = row_moments(
+        n, pivot, mean, m2 = row_moments(
             x_ptr + row * x_row_stride,
             residual_ptr if residual_ptr is None else residual_ptr + row * residual_row_stride,
             gate_ptr if gate_ptr is None else gate_ptr + row * gate_row_stride,
@@ -469,16 +477,22 @@ def forward_looped(
     else:
         end = tl.minimum(first + SPLIT_N, cols)
         n = tl.zeros([1], dtype=tl.float32)
+        pivot = tl.zeros([1], dtype=tl.float32)
         mean = tl.zeros([1], dtype=tl.float32)
         m2 = tl.zeros([1], dtype=tl.float32)
         for part in range(SPLITS):
-            at = (row * SPLITS + part) * 2 + tl.arange(0, 1)
-            part_m2 = tl.load(part_ptr + at + 1)
+            at = (row * SPLITS + part) * 3 + tl.arange(0, 1)
+            part_m2 = tl.load(part_ptr + at + 2)
             if MEAN:
                 count = tl.minimum(cols - part * SPLIT_N, SPLIT_N).to(tl.float32)
-                n, mean, m2 = joined(n, mean, m2, count, tl.load(part_ptr + at), part_m2)
+                part_pivot = tl.load(part_ptr + at)
+                if part == 0:
+                    pivot = part_pivot
+                part_mean = (part_pivot - pivot) + tl.load(part_ptr + at + 1)
+                n, mean, m2 = joined(n, mean, m2, count, part_mean, part_m2)
             else:
                 m2 += part_m2
+    mean += pivot
     square = square_of(mean, m2, cols.to(tl.float32), STATISTIC, MEAN, CORRECTION)
     factor = factor_of(square, EPS, EPS_PLACE)
     at = row + tl.arange(0, 1)

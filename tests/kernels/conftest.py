@@ -47,7 +47,7 @@ def short_rows(monkeypatch):
             "looped": {"PERSISTENT_COLS": 4, "PERSISTENT_BACKWARD_COLS": 4},
             "split": {"PERSISTENT_COLS": 4, "PERSISTENT_BACKWARD_COLS": 4, "LOOPED_COLS": 8},
         }[path]
-        for name, limit in {**limits, "CHUNK_COLS": 16, "SPLIT_COLS": 48}.items():
+        for name, limit in {**limits, "CHUNK_COLS": 32, "SPLIT_COLS": 32}.items():
             monkeypatch.setattr(launch, name, limit)
 
     return choose

@@ -99,15 +99,13 @@ def eagerly(form: RowForm, x, gate, weight, bias) -> Tensor:
     return y * torch.nn.functional.silu(gate) if form.gate == "after" else y
 
 
-def gradients(function, form: RowForm, given, probe: Tensor) -> list[Tensor | None]:
-    """The gradients of sum(function * probe) at what is given."""
+def gradients(function, form: RowForm, given, probe: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """The result, and the gradients of sum(result * probe) at what is given."""
     leaves = [t if t is None else t.detach().clone().requires_grad_() for t in given]
     y = function(form, *leaves)
-    found = torch.autograd.grad(
-        (y * probe.to(y.dtype)).sum(), [t for t in leaves if t is not None], allow_unused=True
-    )
-    found = iter(found)
-    return [None if t is None else next(found) for t in leaves]
+    wanted = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad(y, wanted, probe.to(y.dtype), allow_unused=True))
+    return y.detach(), [None if t is None else next(found) for t in leaves]
 
 
 def by_kernel(form: RowForm, x, gate, weight, bias) -> Tensor:
@@ -119,10 +117,12 @@ def check(
 ) -> None:
     """Holds the result and all gradients of a kernel to the contract."""
     given = operands(form, kind, rows, cols, dtype, device)
-    got, eager, exact = (f(form, *given) for f in (by_kernel, eagerly, exactly))
-    assert_within_contract(got, eager, exact, what="y")
     probe = torch.randn(rows, cols, generator=torch.Generator().manual_seed(7)).to(device, dtype)
-    mine, theirs = (gradients(f, form, given, probe) for f in (by_kernel, eagerly))
+    wide = [t if t is None else t.double() for t in given]
+    got, mine = gradients(by_kernel, form, given, probe)
+    eager, theirs = gradients(eagerly, form, given, probe)
+    exact, truth = gradients(exactly, form, wide, probe)
+    assert_within_contract(got, eager, exact, what="y")
     if kind == "zero" and form.eps_place in ("floor", "outside"):
         # the square root that eager takes has no slope at zero; the kernel has the gradient of F.normalize there
         theirs[0] = theirs[0].nan_to_num(0.0)
@@ -156,4 +156,27 @@ def sizes_of_terms(form: RowForm, given, probe: Tensor) -> list[float | None]:
     at_bias = probe.double().abs().sum(0).max().item()
     y = exactly(replace(form, gate="none"), x, None, weight, bias)
     at_gate = at_weight if swish else (probe.abs().max() * y.abs().max()).item()
+    if form.gate == "before":
+        at_gate = at_x * x.abs().max().item()
     return [at_x, at_gate, at_weight, at_bias]
+
+
+def check_quantised(form: RowForm, rows: int, cols: int, device: str = "cpu") -> None:
+    """Holds q * scale to half a step of the eight-bit dtype, and scales to the largest value of their block.
+
+    int8: a step is one scale. e4m3 has three bits of fraction: half a step is 2^-4 of the value, and not less than
+    2^-10 of a scale, where it is subnormal. To that comes what float32 rounds before: q was nearly between two values.
+    """
+    x, gate, weight, bias = operands(form, "plain", rows, cols, torch.float32, device)
+    q, scale = torch.ops.normfx.row_norm_quantised(x, gate, weight, bias, form.text)
+    assert q.dtype == dtype_of(form.quantise)
+    exact = exactly(form, x, gate, weight, bias)
+    block = form.block or cols
+    assert scale.shape == (rows, -(-cols // block))
+    each = scale.double().repeat_interleave(block, 1)[:, :cols]
+    largest = torch.stack([part.abs().amax(1) for part in exact.split(block, 1)], 1)
+    limit = 127.0 if form.quantise == "int8" else 448.0
+    slack = 8 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert ((scale.double() * limit - largest).abs() <= slack).all()
+    half_step = each / 2 if form.quantise == "int8" else (exact.abs() / 16).clamp_min(each / 2**10)
+    assert ((q.double() * each - exact).abs() <= half_step + slack).all()
