@@ -14,6 +14,8 @@ from typing import Any
 from torch import fx
 
 from normfx.errors import StageError
+from normfx.kernels.select import Selector
+from normfx.kernels.timing import time_through_inductor
 from normfx.live import LiveWeights
 from normfx.options import Options
 from normfx.passes.calibrated import check_weights
@@ -95,7 +97,11 @@ def compile_graph(
     frozen = options.weights == "frozen"
     check_weights(gm, example_inputs, options)
     tracked = frozen or weights_are_tracked(gm, example_inputs)
-    rewritten = rewrite(gm, options, journal, tracked=tracked, inputs=example_inputs)
+    timer = time_through_inductor if options.lowering == "inductor" else None
+    selector = Selector(options.kernels, timer, settings)
+    rewritten = rewrite(
+        gm, options, journal, tracked=tracked, inputs=example_inputs, selector=selector
+    )
     hoisted = rewritten.hoisted
     compiled: Callable[..., Any] = rewritten.module
     if options.lowering == "inductor":

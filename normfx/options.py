@@ -14,6 +14,7 @@ from normfx.errors import OptionError
 
 Lowering = Literal["inductor", "eager"]
 Weights = Literal["live", "frozen"]
+Kernels = Literal["auto", "inductor", "triton"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,9 @@ class Options:
             debugging).
         weights: "live" follows every update of a folded weight; "frozen" folds once and skips the
             check per call.
+        kernels: on a GPU, "auto" times normfx's Triton kernels against Inductor's code, once for
+            each kind and size of norm, and takes what is faster; "inductor" never does; "triton"
+            takes a kernel wherever there is one.
         rules: names of the exact rules that may run; None: all that are on by default.
         skip: what not to do, each as "RULE@SITE" with the names that a report prints, or patterns
             of them ("fold-*@encoder.*"): the rule then leaves that norm as it is.
@@ -96,6 +100,7 @@ class Options:
     strict: bool = False
     lowering: Lowering = "inductor"
     weights: Weights = "live"
+    kernels: Kernels = "auto"
     rules: tuple[str, ...] | None = None
     skip: tuple[str, ...] = ()
     statistics: Statistics | None = None

@@ -19,6 +19,7 @@ from torch import fx
 from normfx import graph as g
 from normfx.capture import capture
 from normfx.errors import StageError, StatisticsError
+from normfx.kernels.select import Selector
 from normfx.options import Options
 from normfx.passes.calibrated import calibrated
 from normfx.passes.compress import compress
@@ -37,6 +38,7 @@ from normfx.passes.recognise import recognise
 from normfx.passes.telescope import telescope
 from normfx.passes.test_time import adapted
 from normfx.passes.unread import unread
+from normfx.passes.use_kernel import use_kernels
 from normfx.passes.values import Values
 from normfx.passes.verdict import Permit
 from normfx.record import Journal, Refusal
@@ -68,6 +70,7 @@ def rewrite(
     permit: Permit | None = None,
     observe: Observer | None = None,
     observe_body: Callable[[str], Observer] | None = None,
+    selector: Selector | None = None,
 ) -> Rewritten:
     """Runs every stage on dynamo's graph.
 
@@ -82,6 +85,7 @@ def rewrite(
         permit: may refuse a fold that is legal (see `fold`).
         observe: called with the name of each stage and its graph, for tests and diffs.
         observe_body: gives the observer of a body that is rewritten inside, by its name here.
+        selector: chooses between kernels; without one, by what was measured before.
 
     Raises:
         StageError: a stage failed; its cause is what the stage raised.
@@ -145,6 +149,7 @@ def rewrite(
     with _stage("lower", journal):
         inference = not grad and not in_body
         two_passes = inference and options.lowering == "inductor"
+        use_kernels(captured, options, selector or Selector(options.kernels), grad=grad)
         lower(captured, two_passes=two_passes, options=options)
         captured.graph.lint()
         captured.recompile()

@@ -63,6 +63,10 @@ class Refusal(enum.Enum):
     NOT_CHOSEN = "site-not-chosen"
     NOT_PER_CHANNEL = "not-per-channel"
     NOT_MEASURED = "site-not-measured"
+    # kernels
+    NO_KERNEL = "no-kernel"
+    SLOWER = "kernel-slower"
+    NOT_TIMED = "kernel-not-timed"
     # convert
     ALREADY = "already-so"
     MORE_THAN_NORM = "more-than-a-norm"
@@ -287,6 +291,18 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.NO_IMAGE: Explanation(
         "UnMix-TNS adapts the BatchNorms of images (batch, channels, height, width) only.",
         "Nothing to do: it keeps its trained statistics, as in the released code.",
+    ),
+    Refusal.NO_KERNEL: Explanation(
+        "No Triton kernel computes this norm, at its sizes, dtypes and on its device.",
+        "Nothing to do: Inductor generates code for it. See docs/kernels.md.",
+    ),
+    Refusal.SLOWER: Explanation(
+        "A Triton kernel was timed on this device, and is not faster than Inductor's code.",
+        "Nothing to do: the faster one is used.",
+    ),
+    Refusal.NOT_TIMED: Explanation(
+        "Nobody has timed the Triton kernel for this norm yet, or the attempt failed.",
+        "Compile the model: only a compilation measures.",
     ),
     Refusal.NOT_TRACKED: Explanation(
         "A parameter was made in inference mode, so changes to it cannot be noticed.",

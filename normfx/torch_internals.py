@@ -16,7 +16,7 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import TracingContext, detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -279,6 +279,15 @@ def compile_with_inductor(gm: fx.GraphModule, inputs: list[Any], settings: dict[
 
     _name_constants(gm)
     return compile_fx(gm, inputs, config_patches=settings)
+
+
+def compile_apart(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any]) -> Any:
+    """As `compile_with_inductor`, for a graph that has nothing to do with the one being compiled.
+
+    AOTAutograd would take the fake mode and the parameters of that one for its own.
+    """
+    with tracing(None):
+        return compile_with_inductor(gm, inputs, settings)
 
 
 def log_artifact(name: str, payload: dict[str, Any]) -> None:

@@ -347,7 +347,7 @@ def row_output(
     """
     PASSES: tl.constexpr = 2 if QUANTISE != "none" and BLOCK == 0 else 1  # pyright: ignore
     largest = tl.zeros([1], dtype=tl.float32)
-    for step in tl.static_range(PASSES):  # pyright: ignore[reportGeneralTypeIssues]
+    for step in tl.static_range(PASSES):  # pyright: ignore
         for start in range(first, end, BLOCK_N):
             col = start + tl.arange(0, BLOCK_N)[None, :]
             mask = col < end

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from normfx.kernels import Kernel
+from normfx.kernels import Kernel, interpreted
 from normfx.kernels.generate import QUANTISED, RowForm, dtype_name
 from normfx.kernels.launch import MAX_COLS, backward_launch, forward_launch
 from normfx.kernels.offline import TARGETS, Build
@@ -33,7 +33,7 @@ FLOAT8_TARGETS = ("sm_90", "sm_100")
 
 def supports(spec: NormSpec, cols: int, dtype: torch.dtype, device: torch.device) -> str:
     """Why a norm over rows of this size is not supported, or ""."""
-    if device.type != "cuda":
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"no kernel for {device.type}"
     if dtype not in FLOATS:
         return f"no kernel for {dtype_name(dtype)}"

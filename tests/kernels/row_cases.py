@@ -126,7 +126,6 @@ def check(
     if kind == "zero" and form.eps_place in ("floor", "outside"):
         # the square root that eager takes has no slope at zero; the kernel has the gradient of F.normalize there
         theirs[0] = theirs[0].nan_to_num(0.0)
-    truth = gradients(exactly, form, [t if t is None else t.double() for t in given], probe)
     scale = sizes_of_terms(form, given, probe)
     for name, a, b, c, size in zip(
         ("x", "gate", "weight", "bias"), mine, theirs, truth, scale, strict=True

@@ -114,7 +114,13 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch._functorch.aot_autograd import aot_export_joint_simple
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 from normfx.kernels import kernels
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+driver.set_active(Driver())  # torch compiles each kernel to see which arguments it writes to
 kernels()
 def step(x, residual, weight, dy):
     y, stream, mean, square = torch.ops.normfx.add_row_norm(x, residual, None, weight, weight, "{}")
@@ -135,6 +141,7 @@ def test_traced_for_a_gpu_the_launches_are_in_the_graph():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", TRACED_FOR_A_GPU]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 0, run.stderr[-2000:]
     # two kernels; one forward and two backward; two and two
+    assert "Encountered an exception" not in run.stderr, run.stderr[-2000:]
     assert run.stdout.split("\n")[:3] == ["768 2", "20000 3", "100000 4"], run.stdout
