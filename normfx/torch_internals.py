@@ -282,11 +282,15 @@ def compile_with_inductor(gm: fx.GraphModule, inputs: list[Any], settings: dict[
 
 
 def compile_apart(gm: fx.GraphModule, inputs: list[Any], settings: dict[str, Any]) -> Any:
-    """As `compile_with_inductor`, for a graph that has nothing to do with the one being compiled.
+    """As `compile_with_inductor`, while another graph is being compiled: dynamo holds its lock.
 
-    AOTAutograd would take the fake mode and the parameters of that one for its own.
+    AOTAutograd would take the fake mode and the parameters of that graph for its own. And it would
+    compile the backward pass when that is first run: on a GPU by a thread of the autograd engine,
+    which would wait for the lock for ever.
     """
-    with tracing(None):
+    from torch._functorch import config
+
+    with tracing(None), config.patch(force_non_lazy_backward_lowering=True):
         return compile_with_inductor(gm, inputs, settings)
 
 

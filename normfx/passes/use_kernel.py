@@ -199,7 +199,8 @@ def _norm_region(
     act = _activation(node, spec)
     if act is not None:
         form = replace(form, activation=_named(act)[0])
-    text, rank = form.text, node.kwargs["rank"]
+    text = form.text
+    rank: Any = node.kwargs["rank"]
     first: Any = (x, None) if add is None else add.args
 
     def kernel(x: Any, residual: Any, gate: Any, weight: Any, bias: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 import normfx
 from normfx.kernels import kernels, select
 from normfx.kernels.select import Contest, Selector, Verdict
+from normfx.kernels.timing import step_of
 from normfx.options import Options
 from normfx.pipeline import rewrite
 from normfx.record import Journal
@@ -205,6 +206,34 @@ def test_a_verdict_in_words():
     assert str(Verdict()) == "not timed"
     assert str(Verdict(2.0, 1.0)) == "kernel 2.0 us, Inductor 1.0 us (0.50 times)"
     assert not Verdict(0.0, None).kernel_wins
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_timed_is_compiled_apart_from_the_model(grad, tmp_path):
+    """Inside of the compilation of the model, which leaves its own state alone and goes on."""
+    seen = []
+
+    def timer(graph, operands, grad, settings):
+        results = step_of(graph, operands, grad, settings)()
+        seen.append([tuple(t.shape) for t in results])
+        return 1.0
+
+    model = nn.LayerNorm(8)
+    fast = torch.compile(model, backend=backend_with(auto(timer, tmp_path)))
+    with torch.set_grad_enabled(grad):
+        x = torch.randn(6, 8)
+        torch.testing.assert_close(fast(x), model(x))
+    gradients = [(8, 8), (8,), (8,)]  # of x in a bucket, weight and bias
+    assert seen == [gradients if grad else [(8, 8)]] * 4
+
+
+def backend_with(selector):
+    def backend(gm, example_inputs):
+        rewritten = rewrite(gm, Options(), Journal(), inputs=example_inputs, selector=selector)
+        return rewritten.hoisted is None and rewritten.module
+
+    return backend
 
 
 # -- forced ----------------------------------------------------------------------------------------
