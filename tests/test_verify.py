@@ -60,7 +60,16 @@ def test_every_stage_is_within_the_contract():
     assert [s.stage for s in graph.stages] == ["capture", "recognise", "rewrite", "fold", "hoist", "lower"]  # fmt: skip
     assert {s.site for s in graph.sites} == {"1.norm", "2.norm", "3.norm", "4"}
     assert all(s.relative < 1e-5 for s in graph.sites)
+    # up to the rewrites, each norm has its own value; then what reads it has the one that is kept
+    assert {s.at for s in graph.sites if s.stage == "rewrite"} == {"norm", "norm_1", "norm_2", "norm_3"}  # fmt: skip
+    assert {s.site for s in graph.sites if s.stage == "lower"} == {"1.norm", "2.norm", "3.norm", "4"}  # fmt: skip
     assert {s.measured.tensor for s in graph.stages} == {"output 0"}
+
+
+def test_a_norm_that_is_returned_is_compared_as_the_output():
+    model = roughened(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))
+    (graph,) = verified(model, torch.randn(4, 8)).graphs
+    assert {s.stage for s in graph.sites} == {"recognise", "rewrite", "hoist", "lower"}
 
 
 def test_hard_inputs_and_changed_weights():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from normfx import graph as g
 from normfx.live import LiveWeights
@@ -115,6 +116,21 @@ def staged(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Staged:
         replace(stage, hoisted=made.hoisted) if stage.name in _HOISTED else stage for stage in found
     ]
     return Staged(journal, stages, regions)
+
+
+def renamed(staging: Staged, stage: Stage) -> dict[str, str]:
+    """Captured nodes that stand under another name after a stage: norms, and what is returned."""
+    captured, graph = staging.stages[0].module.graph, stage.module.graph
+    found = {}
+    old, new = (pytree.tree_leaves(each.output_node().args) for each in (captured, graph))
+    for before, after in zip(old, new, strict=True):
+        if isinstance(before, fx.Node) and isinstance(after, fx.Node):
+            found[before.name] = after.name
+    for node in graph.find_nodes(op="call_function", target=norm):
+        site = node.meta.get("normfx_site")
+        if site is not None and site.key in staging.regions:
+            found[staging.regions[site.key]] = node.name
+    return found
 
 
 def _call(node: fx.Node, module: fx.GraphModule) -> str:
