@@ -95,8 +95,10 @@ def test_diff(capsys):
     out = capsys.readouterr().out
     assert "capture -> rewrite" in out
     assert "RMSNorm" in out
-    assert main(["diff", "mine:net", "--json"]) == 0
-    held = json.loads(capsys.readouterr().out)
+    assert main(["diff", "mine:net", "--json", "--html", "page.html"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "wrote page.html\n"
+    held = json.loads(out)
     assert [stage["stage"] for stage in held["stages"]][::5] == ["capture", "lower"]
     assert main(["diff", "mine:net", "--after", "lowered"]) == 2
     assert "there is no stage 'lowered'" in capsys.readouterr().err

@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     model, shown = _model_options(), _shown()
     command("explain", "list the norms of a model and what becomes of each", model, shown)
     diff = command("diff", "show what the stages change in the graphs of a model", model, shown)
+    diff.add_argument("--html", metavar="PATH", help="also write a page of all stages")
     diff.add_argument("--before", default="capture", metavar="STAGE", help="(default capture)")
     diff.add_argument("--after", default="lower", metavar="STAGE", help="(default lower)")
     diff.add_argument("--context", type=int, default=3, metavar="LINES", help="(default 3)")

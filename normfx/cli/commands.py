@@ -51,6 +51,9 @@ def diff(asked: argparse.Namespace) -> bool:
         print(json.dumps({"stages": stages, "text": text}, indent=1))
     else:
         print(text.rstrip())
+    if asked.html is not None:
+        found.html(asked.html)
+        _wrote(asked.html)
     return True
 
 
@@ -119,7 +122,7 @@ def calibrate(asked: argparse.Namespace) -> bool:
         for name, reason in statistics.refused.items():
             print(f"not measured: {name} ({reason})")
         print(f"to replace: {', '.join(chosen) or 'none'}")
-        _wrote(Path(asked.output))
+        _wrote(asked.output)
     return True
 
 
@@ -212,5 +215,5 @@ def _working(description: str) -> Iterator[None]:
         yield
 
 
-def _wrote(path: Path) -> None:
+def _wrote(path: str | Path) -> None:
     print(f"wrote {path}", file=sys.stderr)
