@@ -36,6 +36,9 @@ from normfx.verification.stages import (
 )
 from normfx.verification.variants import Inputs, Variant, shaken, variants
 
+# Stages that change the function, because they were asked to.
+_APPROXIMATE = ("calibrate", "test-time")
+
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
@@ -96,7 +99,9 @@ class GraphCheck:
             return
         journal = self._staged.journal
         self.result.training, self.result.norms = journal.training, len(journal.sites)
-        self.result.approximate = [key for _, key in self._staged.applied("calibrate")]
+        self.result.approximate = [
+            key for stage in _APPROXIMATE for _, key in self._staged.applied(stage)
+        ]
 
     def __call__(self, args: Sequence[Any]) -> None:
         """Checks every stage on the inputs of one call."""
@@ -148,8 +153,8 @@ class GraphCheck:
                 captured = _Reference(stage, wide or own, own)
             elif places and wide is not None:
                 self._sites(stage.name, places, names, own, wide, captured)
-            if stage.name == "calibrate" and self.result.approximate:
-                # what comes after is held to what the statistics say
+            if stage.name in _APPROXIMATE and self._staged.applied(stage.name):
+                # what comes after is held to what the statistics, or the option, say
                 reference = _Reference(stage, wide or own, own)
                 self._note(StageResult(stage.name, variant.name, "approximate", measured))
                 last = None

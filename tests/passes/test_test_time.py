@@ -235,6 +235,13 @@ def test_inside_of_a_checkpoint():
     assert record.code.value == "inside-a-body"
 
 
+def test_verify_holds_what_comes_after_to_it():
+    model, x = network(), images()
+    with torch.no_grad():
+        verified = normfx.verify(model, options={"test_time": ALPHA})(x)
+    assert verified.ok, str(verified)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
