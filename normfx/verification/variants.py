@@ -68,17 +68,21 @@ def variants(
 
 
 def shaken(captured: fx.Graph, state: Collection[int], variant: Variant, seed: int) -> Variant:
-    """Inputs close to those of a variant, that round in another way."""
+    """Inputs and matrices close to those of a variant, that round in another way.
+
+    The matrices too: what their rounding does to a short result is the same for all inputs.
+    """
     args = list(variant.args)
     places = list(captured.find_nodes(op="placeholder"))
-    rows = _rows(places, state, args) or [i for i, held in enumerate(args) if _is_real(held)]
+    rows = _rows(places, state, args)
+    matrices = [i for i in state if i not in rows and _is_real(args[i]) and args[i].dim() > 1]
 
     def shake(held: Tensor, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * (seed + 1) + number)
         factors = 1 + torch.rand(held.shape, generator=generator) / 64
         return held * factors.to(held.device, held.dtype)
 
-    return Variant(variant.name, _changed(args, rows, shake), variant.before)
+    return Variant(variant.name, _changed(args, [*rows, *matrices], shake), variant.before)
 
 
 def _rows(places: list[fx.Node], state: Collection[int], args: list[Any]) -> list[int]:
