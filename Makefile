@@ -61,7 +61,7 @@ fix: $(STAMP) ## format, and fix what ruff can
 	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
 
-docs: $(STAMP) ## write docs/rules.md and docs/options.md from the tables in the code
+docs: $(STAMP) ## write docs/rules.md, docs/options.md and a table of docs/kernels.md from the code
 	@$(PY) docs/generate.py $(ARGS)
 
 site: $(STAMP) $(VENV)/.docs ## build the documentation site into site/, and check its links

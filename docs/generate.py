@@ -1,6 +1,6 @@
-"""Writes docs/rules.md and docs/options.md from the tables in the code.
+"""Writes docs/rules.md, docs/options.md and the table of docs/kernels.md from the code.
 
-`python docs/generate.py` writes both pages. With `--check` it changes nothing, and its exit status
+`python docs/generate.py` writes the pages. With `--check` it changes nothing, and its exit status
 is 1 if a page is stale.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from normfx.kernels import kernels
 from normfx.options import Options
 from normfx.passes import RULES, Exactness
 from normfx.record import REFUSALS, Refusal
@@ -205,7 +206,25 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     )
 
 
-PAGES = {"rules.md": rules_page, "options.md": options_page}
+# The table between these lines of docs/kernels.md is written here, the rest of it by hand.
+TABLE_OF_KERNELS = ("<!-- kernels: written by `make docs` -->", "<!-- end of kernels -->")
+
+
+def kernels_page() -> str:
+    """The text of docs/kernels.md. Without Triton there are no kernels, and it is left as it is."""
+    path = DOCS / "kernels.md"
+    first, last = TABLE_OF_KERNELS
+    text = path.read_text(encoding="utf-8") if path.is_file() else f"{first}\n{last}\n"
+    rows = [(f"`{kernel.name}`", kernel.computes, kernel.limits) for kernel in kernels()]
+    if not rows:
+        return text
+    before, _, rest = text.partition(first)
+    after = rest.partition(last)[2]
+    shown = table(("operator", "computes", "takes"), rows)
+    return f"{before}{first}\n\n{shown}\n\n{last}{after}"
+
+
+PAGES = {"kernels.md": kernels_page, "rules.md": rules_page, "options.md": options_page}
 
 
 def stale() -> list[str]:

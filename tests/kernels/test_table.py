@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from normfx.kernels.launch import MAX_COLS, backward_launch, forward_launch
 from normfx.ops import NormSpec
 
 GPU = torch.device("cuda")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_importing_normfx_does_not_import_triton():
@@ -32,6 +34,7 @@ def test_every_kernel_is_an_operator():
         assert hasattr(torch.ops.normfx, kernel.name)
         assert kernel.computes
         assert kernel.limits
+        assert f"| `{kernel.name}` |" in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("interpreter")
