@@ -46,8 +46,8 @@ def test_every_kernel_is_an_operator():
             NormSpec("LayerNorm", (1,)),
             768,
             torch.bfloat16,
-            torch.device("cpu"),
-            "no kernel for cpu",
+            torch.device("xpu"),
+            "no kernel for xpu",
         ),
         (NormSpec("LayerNorm", (1,)), 768, torch.float64, GPU, "no kernel for float64"),
         (NormSpec("LayerNorm", (1,)), MAX_COLS + 1, torch.float16, GPU, "rows of 262145 columns"),
@@ -58,6 +58,16 @@ def test_every_kernel_is_an_operator():
 def test_what_a_row_kernel_supports(spec, cols, dtype, device, reason):
     row_norm = kernels.kernels()[0]
     assert row_norm.supports(spec, cols, dtype, device) == reason
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_on_a_cpu_kernels_are_for_the_interpreter_alone(monkeypatch):
+    from normfx.kernels import row_table
+
+    given = (NormSpec("LayerNorm", (1,)), 768, torch.float32, torch.device("cpu"))
+    assert row_table.supports(*given) == ""
+    monkeypatch.setattr(row_table, "interpreted", lambda: False)
+    assert row_table.supports(*given) == "no kernel for cpu"
 
 
 def test_a_form_is_its_text():
