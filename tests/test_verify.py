@@ -216,6 +216,15 @@ def test_statistics_are_approximate_and_no_violation():
     assert graph.stages[-1].measured.meaning < 1e-12  # and what comes after is exact
 
 
+def test_norms_that_adapt_are_approximate():
+    model = roughened(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))).eval()
+    found = verified(model, torch.randn(16, 8), options={"test_time": "alpha-bn"})
+    (graph,) = found.graphs
+    assert found.ok
+    assert graph.approximate == ["1"]
+    assert [s.stage for s in graph.stages if s.verdict == "approximate"] == ["test-time"]
+
+
 def test_a_model_without_tensors_has_no_graph():
     assert str(verified(lambda x: x, 3)) == "dynamo made no graph of this model: there is nothing to verify.\n"  # fmt: skip
 

@@ -146,7 +146,7 @@ def _values(
                 values[name] = type(default)(min(d, _STAGE_DEPTH[size]) for d in default)
     if "kv_lora_rank" in known and "num_key_value_heads" in values:  # latent heads are not shared
         values["num_key_value_heads"] = values.get("num_attention_heads", 4)
-    if "image_size" in known and "image_size" not in values:
+    if "image_size" in known and "image_size" not in values and "width" in roles:
         values["image_size"] = _image_size(known, size)
     for name, spec in (getattr(config_class, "sub_configs_defaults", None) or {}).items():
         if getattr(spec, "optional", False) and known.get(name) is None:

@@ -38,8 +38,8 @@ class StageResult:
     Attributes:
         stage: "capture", ..., "lower", and "inductor" for the compiled code.
         variant: of the inputs: "given", or a harder one.
-        verdict: "ok"; "unchanged": the graph is that of the stage before; "approximate": statistics
-            stand in for some norms; "violation": the contract does not hold; "not run".
+        verdict: "ok"; "unchanged": the graph is that of the stage before; "approximate": some norms
+            became others, as asked for; "violation": the contract does not hold; "not run".
         measured: the errors; None where nothing was run.
         detail: why it was not run, or what is violated.
     """
@@ -114,7 +114,7 @@ class GraphResult:
         fallback: why it was left to Inductor, or "".
         stages: every stage on every variant.
         sites: every norm after every stage.
-        approximate: norms that statistics stand in for.
+        approximate: norms that became others, as asked for (by statistics, say).
         blamed: the first rewrite that leaves the contract, or None.
     """
 

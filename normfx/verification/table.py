@@ -55,7 +55,7 @@ def _graph(console: Console, graph: GraphResult) -> None:
     console.print(table)
     _sites(console, graph)
     if graph.approximate:
-        console.print(Text(f"approximate by statistics: {', '.join(graph.approximate)}"))
+        console.print(Text(f"approximate, as asked for: {', '.join(graph.approximate)}"))
     if graph.blamed is not None:
         blamed = graph.blamed
         where = f" at {blamed.site} ({line(blamed.location)})" if blamed.site else ""
