@@ -5,7 +5,7 @@ Never from the number of rows: a row is then reduced in the same order whatever 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # A row of this many columns is held in registers: 16384 floats over 16 warps are 32 a thread.
@@ -52,9 +52,14 @@ def forward_launch(cols: int) -> Launch:
     return _launch(cols, PERSISTENT_COLS, FORWARD_TILE)
 
 
-def backward_launch(cols: int) -> Launch:
-    """Of the backward pass."""
-    return _launch(cols, PERSISTENT_BACKWARD_COLS, BACKWARD_TILE)
+def backward_launch(cols: int, *, gated: bool = False) -> Launch:
+    """Of the backward pass. One of a gate holds a gate and its gradient too: half the columns."""
+    if not gated:
+        return _launch(cols, PERSISTENT_BACKWARD_COLS, BACKWARD_TILE)
+    launch = _launch(cols, PERSISTENT_BACKWARD_COLS // 2, BACKWARD_TILE)
+    if launch.path == "persistent":
+        return launch
+    return replace(launch, block_cols=launch.block_cols // 2)
 
 
 def _launch(cols: int, persistent: int, tile: int) -> Launch:

@@ -299,7 +299,7 @@ def _backward(
     form: RowForm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, cols = x.shape
-    launch = backward_launch(cols)
+    launch = backward_launch(cols, gated=form.gate != "none")
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     swish = form.gate == "swish"
     dgate = None

@@ -55,14 +55,15 @@ def forward_builds(
 ) -> Iterator[Build]:
     """The forward configurations in bfloat16, for each path and form.
 
-    With something around the norm, for the two forms that are all over transformers.
+    With something around the norm, for the two forms that are all over transformers, and one size
+    of each path that there is.
     """
     bf16 = torch.bfloat16
     targets = FLOAT8_TARGETS if quantise == "float8_e4m3fn" else tuple(TARGETS)
     plain = y and not residual and quantise == "none"
     for name in FORMS if plain else ("layer-norm", "rms-norm"):
         form = FORMS[name]
-        for cols in COLS:
+        for cols in COLS if plain else (4096, 32768) if quantise != "none" else (768, 4096, 131072):
             launch = forward_launch(cols)
             given: dict[str, Any] = {
                 **form.constants(),
@@ -112,7 +113,7 @@ def backward_builds() -> Iterator[Build]:
     bf16, f32 = torch.bfloat16, torch.float32
     for name, form in FORMS.items():
         for cols in COLS:
-            launch = backward_launch(cols)
+            launch = backward_launch(cols, gated=form.gate != "none")
             swish = form.gate == "swish"
             given: dict[str, Any] = {
                 **form.constants(),

@@ -1,0 +1,1 @@
+"""The benchmark of a GPU: see `benchmarks/gpu/__main__.py`."""
