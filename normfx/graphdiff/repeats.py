@@ -82,6 +82,8 @@ class _Repeats:
                 if node is not None and self._is_weight(node, names, at):
                     key = self._side(node, names, at)
                     at[names[node.uid]] = weights.setdefault(key, _Weight(len(weights)))
+                elif node is not None and node.op == "input":
+                    at.setdefault(names[node.uid], -1 - len(at))  # before all rows
                 elif node is not None and node.op not in ("call", "output"):
                     at[names[node.uid]] = self._name(node)
         for i, row in enumerate(rows):

@@ -201,8 +201,9 @@ class Recorder:
     def _arguments(self, node: fx.Node) -> Iterator[tuple[str, Any]]:
         if node.op == "placeholder" or node.op == "get_attr":
             return
-        if g.is_call(node, norm):
-            named: dict[str, Any] = dict(zip(_NORM_OPERANDS, node.args, strict=False))
+        if g.is_call(node, norm, row_scale):
+            operands = _NORM_OPERANDS if node.target is norm else _SCALE_OPERANDS
+            named: dict[str, Any] = dict(zip(operands, node.args, strict=False))
             for name, operand in named.items():
                 if operand is not None:
                     yield name, self._argument(operand)
@@ -298,6 +299,7 @@ COSTED = ("recognise", "hoist")
 
 _SYMBOL = re.compile(r"\b[suzf]+\d+\b")
 _NORM_OPERANDS = ("", "weight", "bias", "eps", "mean", "square", "gate")
+_SCALE_OPERANDS = ("", "eps", "square")
 # Where a value lies, who computes it, and what `spec_text` has.
 _NOT_SHOWN = frozenset({"device", "layout", "pin_memory", "rank", "cudnn_enable", "cudnn_enabled"})
 # How many arguments say by their place what they are; `batch_norm` has eight.
