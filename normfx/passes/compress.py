@@ -25,13 +25,14 @@ from normfx import graph as g
 from normfx.analyses.carried import Use
 from normfx.analyses.meanblind import MeanBlind
 from normfx.analyses.zeromean import Zero, ZeroMean
+from normfx.cost import Cost, cost_of, number_count
 from normfx.layout import is_one, plain
 from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.channels import Channels
-from normfx.passes.emit import Emitter
+from normfx.passes.emit import Emitter, copied_bytes
 from normfx.passes.readers import Reader, give, reader_of
-from normfx.passes.verdict import Refused, allows, change, refuse
+from normfx.passes.verdict import Refused, allows, change, not_worth, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -89,7 +90,8 @@ def compress(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -
 
     Refuses:
         rule-off, needs-grad, inside-a-body, weight-not-tracked, mutation-between, stream-read,
-        reader-not-linear, dim-not-last, weight-not-constant, range-too-small, other-width.
+        reader-not-linear, dim-not-last, weight-not-constant, range-too-small, other-width,
+        not-worth-it.
     """
     if not options.asks_for(RULE):
         return
@@ -113,10 +115,15 @@ def compress(gm: fx.GraphModule, options: Options, *, blocked: Refusal | None) -
         if isinstance(found, Refused):
             refuse(node, "fold", RULE, found)
             continue
-        _narrow(gm.graph, found)
-        for site in found.norms:
-            change(site, "fold", RULE, f"{found.width} channels to {found.width - 1}")
         done.update(found.norms)
+        refused = _not_worth(found, constant)
+        for site in found.norms:
+            if refused is not None:
+                refuse(site, "fold", RULE, refused)
+            else:
+                change(site, "fold", RULE, f"{found.width} channels to {found.width - 1}")
+        if refused is None:
+            _narrow(gm.graph, found)
 
 
 def _is_of_mean_zero(node: fx.Node, zero: ZeroMean) -> bool:
@@ -234,6 +241,19 @@ def _readers(
             return Refused(Refusal.NOT_LINEAR, user)
         found.append(reader)
     return found
+
+
+def _not_worth(stream: _Stream, constant: set[fx.Node]) -> Refused | None:
+    """Why it does not pay, if so: each norm has one more sum, and all else is less by a channel."""
+    readers = [reader for found in stream.norms.values() for reader in found]
+    nodes = {*stream.values, *stream.inside, *stream.norms, *(r.node for r in readers)} - constant
+    before = cost_of(sorted(nodes))
+    share = (stream.width - 1) / stream.width
+    after = Cost(int(before.bytes * share), before.kernels, int(before.flops * share))
+    sums = Cost(flops=sum(map(number_count, stream.norms)))
+    written = [a for n in stream.values - stream.inside for a in n.all_input_nodes if a in constant]
+    copied = copied_bytes([*written, *(reader.weight for reader in readers)])
+    return not_worth(next(iter(stream.norms)), before, after + sums, copied)
 
 
 # ------------------------------------------------------------------------------------ one less

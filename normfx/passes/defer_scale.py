@@ -22,14 +22,14 @@ import torch
 from torch import fx
 
 from normfx import graph as g
-from normfx.laws import ARRANGEMENTS, VIEWS
 from normfx.layout import plain
 from normfx.ops import norm, row_scale
 from normfx.options import Options
 from normfx.passes.channels import Channels
 from normfx.passes.emit import Emitter
 from normfx.passes.readers import Reader, reader_of
-from normfx.passes.verdict import Refused, allows, change, refuse
+from normfx.passes.sketch import Sketch
+from normfx.passes.verdict import Refused, allows, change, not_worth, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -39,23 +39,6 @@ RULE = "defer-scale"
 _PRODUCTS = frozenset(
     {aten.linear.default, aten.mm.default, aten.matmul.default, aten.addmm.default}
 )
-# What makes a tensor in memory, as Inductor calls a library for it.
-_EXTERN = frozenset(
-    {
-        aten.linear,
-        aten.mm,
-        aten.matmul,
-        aten.addmm,
-        aten.bmm,
-        aten.baddbmm,
-        aten.conv1d,
-        aten.conv2d,
-        aten.conv3d,
-    }
-)
-# Elementwise, but Inductor adds the other operand in the product itself.
-_ADDED = frozenset({aten.add, aten.add_, aten.sub, aten.sub_})
-_PARTS = frozenset({aten.slice, aten.select, aten.narrow, aten.split, aten.chunk, aten.unbind})
 
 
 def defer_scale(gm: fx.GraphModule, options: Options, *, grad: bool) -> None:
@@ -119,7 +102,7 @@ def _check(
     shape: Any = g.shape(x)
     width = plain(shape[-1])
     if not isinstance(width, int) or not _is_laid_out_like(node, x):
-        return Refused(Refusal.NOT_WORTH, node)  # a copy of x would be written in its place
+        return Refused(Refusal.NOT_WORTH, node, "a copy of x would be written in its place")
     channels = Channels.along(len(shape), len(shape) - 1, width)
     readers = []
     for user in node.users:
@@ -127,7 +110,7 @@ def _check(
         if isinstance(reader, Refused):
             return reader
         readers.append(reader)
-    return readers if _pays(node, width, readers) else Refused(Refusal.NOT_WORTH, node)
+    return _not_worth(node, readers, constant) or readers
 
 
 def _is_laid_out_like(node: fx.Node, x: fx.Node) -> bool:
@@ -157,61 +140,17 @@ def _reader(
     return reader
 
 
-# ------------------------------------------------------------------------- whether it pays
+def _not_worth(node: fx.Node, readers: list[Reader], constant: set[fx.Node]) -> Refused | None:
+    """Why it does not pay, if so.
 
-
-def _pays(node: fx.Node, width: int, readers: list[Reader]) -> bool:
-    """Whether less memory is read and written, by the bytes of one row, and in no more kernels.
-
-    Saved is the write of the normalized row, if x is in memory anyway. A product that no
+    Saved is the write of the normalized rows, if x is in memory anyway. A product that no
     elementwise operator reads is read and written once more, in the kernel that takes the statistic
     now: with two such, there is a kernel more. And r is written, and read by each.
     """
-    spec: Any = node.kwargs["spec"]
-    apart = [reader.node for reader in readers if not _is_read_elementwise(reader.node)]
-    if not _is_in_memory(node.args[0]) or len(apart) > 1:
-        return False
-    row = (1 + len(readers)) * spec.stats_dtype.itemsize
-    for product in apart:
-        made: Any = g.tensor(product)
-        outputs = plain(made.shape[-1])
-        if not isinstance(outputs, int):
-            return False
-        row += 2 * outputs * made.dtype.itemsize
-    return row < width * spec.out_dtype.itemsize
-
-
-def _is_in_memory(x: Any) -> bool:
-    """Whether a value is written whatever becomes of one reader: Inductor fuses others into it."""
-    while len(x.users) == 1 and _moves(x):
-        x = x.args[0]
-    return x.op != "call_function" or len(x.users) > 1 or g.packet(x) in _EXTERN
-
-
-def _is_read_elementwise(node: fx.Node) -> bool:
-    """Whether whatever reads a product is an elementwise operator, which the scale can join."""
-    pending = [node]
-    for current in pending:
-        for user in current.users:
-            if _moves(user):
-                pending.append(user)
-            elif not _is_elementwise(user):
-                return False
-    return bool(node.users)
-
-
-def _moves(node: fx.Node) -> bool:
-    packet = g.packet(node)
-    is_part = node.op == "call_function" and g.packet(node.args[0]) in _PARTS
-    return packet in VIEWS | ARRANGEMENTS | _PARTS or (packet is None and is_part)
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    target = node.target
-    if g.is_call(node, norm):
-        return True  # a reduction reads elementwise as well
-    is_operator = isinstance(target, torch._ops.OpOverload)
-    return is_operator and torch.Tag.pointwise in target.tags and g.packet(node) not in _ADDED
+    sketch = Sketch([node, *(reader.node for reader in readers)], constant)
+    before = sketch.cost()
+    _replace(sketch.graph, sketch.of[node], [reader.drawn(sketch.of) for reader in readers])
+    return not_worth(node, before, sketch.cost())
 
 
 # ------------------------------------------------------------------------- the replacement
@@ -219,11 +158,15 @@ def _is_elementwise(node: fx.Node) -> bool:
 
 def _replace(graph: fx.Graph, node: fx.Node, readers: list[Reader]) -> None:
     x, _, _, eps, _, square, _ = node.args
+    spec: Any = node.kwargs["spec"]
+    held: Any = g.tensor(x)
     with graph.inserting_before(node):
-        scale = graph.call_function(row_scale, (x, eps, square), {"spec": node.kwargs["spec"]})
+        scale = graph.call_function(row_scale, (x, eps, square), {"spec": spec})
     g.inherit_provenance(scale, node)
     scale.meta["normfx_rule"] = RULE
     scale.meta["normfx_site"] = node.meta["normfx_site"]
+    with g.fake_mode(node), torch.no_grad():
+        scale.meta["val"] = held.new_empty([*held.shape[:-1], 1], dtype=spec.stats_dtype)
     for reader in readers:
         _defer(graph, reader, x, scale)
     graph.erase_node(node)
@@ -234,10 +177,13 @@ def _defer(graph: fx.Graph, reader: Reader, x: Any, scale: fx.Node) -> None:
     product = reader.node
     later = list(product.users)
     emit = Emitter(graph, product, RULE)
+    held: Any = g.tensor(product)
+    with g.fake_mode(product), torch.no_grad():
+        wide = torch.empty_like(held, dtype=torch.promote_types(held.dtype, g.dtype(scale)))  # pyright: ignore[reportArgumentType]
     with graph.inserting_before(product.next):  # one after the other
-        last = emit(aten.mul.Tensor, product, scale)
+        last = emit(aten.mul.Tensor, product, scale, like=wide)
         if reader.bias is not None:
-            last = emit(aten.add.Tensor, last, reader.bias)
+            last = emit(aten.add.Tensor, last, reader.bias, like=wide)
         last = emit(aten.to.dtype, last, g.dtype(product))
     for user in later:
         user.replace_input_with(product, last)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from normfx import graph as g
+from normfx.cost import byte_count
 
 aten = torch.ops.aten
 
@@ -79,6 +80,12 @@ def inline(
             copies[inner].meta["normfx_site"] = at.meta.get("normfx_site")  # whose part it is
     results = results if isinstance(results, (tuple, list)) else (results,)
     return tuple(copies[result] for result in results)
+
+
+def copied_bytes(weights: Iterable[fx.Node]) -> int:
+    """The memory of weights that are held twice once a rule changes them: not of those it made."""
+    stored = {weight for weight in weights if not weight.meta.get("normfx_rule")}
+    return sum(map(byte_count, stored))
 
 
 def erase_unused(graph: fx.Graph, kept: Sequence[fx.Node]) -> None:

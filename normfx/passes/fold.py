@@ -29,13 +29,14 @@ import torch
 from torch import fx
 
 from normfx import graph as g
+from normfx.cost import Cost, byte_count, number_count, of_affine, of_made_bias
 from normfx.laws import ASKS
 from normfx.layout import plain
 from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.affines import is_near
 from normfx.passes.channels import Channels, channel_dim, is_monotonic, is_pool
-from normfx.passes.emit import Emitter
+from normfx.passes.emit import Emitter, copied_bytes
 from normfx.passes.fold_back import given_affine, given_channel, row_of, scale_and_shift
 from normfx.passes.readers import (
     RULE,
@@ -48,10 +49,18 @@ from normfx.passes.readers import (
 )
 from normfx.passes.rounding import rounded
 from normfx.passes.sign import is_nonnegative
+from normfx.passes.sketch import Sketch, between
 from normfx.passes.values import Values
-from normfx.passes.verdict import Permit, Refused, allows, change, not_constant, refuse
+from normfx.passes.verdict import (
+    Permit,
+    Refused,
+    allows,
+    change,
+    not_constant,
+    not_worth,
+    refuse,
+)
 from normfx.record import Refusal
-from normfx.torch_internals import size_hint
 
 aten = torch.ops.aten
 
@@ -59,10 +68,6 @@ STATISTICS_RULE = "fold-statistics-into-next"
 
 # A scale is not divided by where it is smaller than this.
 _SMALL = 2.0**-32
-# How many outputs for each input an operator may have that gets a bias which it had not. Each of
-# them is then read and written once more; for a language model's head that is most of what there is
-# (GPT-2 under Inductor's freezing, 128 tokens: 24.5 MiB more), beside a copy of the whole table.
-_MAX_OUTPUTS = 16
 # How large means may be, to deviations, where they go past the operators after the norm and x was
 # rounded with them: 70 gave three times eager's error (BatchNorm and linear, CPU).
 _FAR = 16.0
@@ -143,8 +148,11 @@ def fold(
         plan = _check(node, known, options, given=given, blocked=blocked)
         if not given and not isinstance(plan, Refused) and plan.signed:
             plan = _never_negative_now(node, plan, options, values)
-        if not given and not isinstance(plan, Refused):
-            plan = _not_worth(node, plan.readers) or plan
+        if given and not isinstance(plan, Refused) and plan.signed and options.allows("hoist"):
+            plan = replace(plan, positive=bool(_is_positive(values, node, plan)))
+        if not isinstance(plan, Refused):
+            judged = _statistics_not_worth if given else _affine_not_worth
+            plan = judged(node, plan, constant, copies=permit is None) or plan
         if given and not isinstance(plan, Refused) and _moves_mean(node, plan):
             plan = _near(node, options, values) or plan
         if permit is not None and not isinstance(plan, Refused):
@@ -158,9 +166,8 @@ def fold(
                 conditions.append(is_near(emit, node, _FAR))
             if not given and plan.positive:
                 conditions.append(_is_nonnegative_in(emit, plan.weight))
-            elif plan.signed and options.allows("hoist") and _is_positive(values, node, plan):
+            elif plan.positive:
                 conditions.append(_is_positive(emit, node, plan))
-                plan = replace(plan, positive=True)
         if given:
             _replace_all(gm.graph, node, plan)
         else:
@@ -173,15 +180,40 @@ def fold(
     return conditions
 
 
-def _not_worth(node: fx.Node, readers: list[Reader]) -> Refused | None:
-    """Why a bias is not made for an operator that has none, if so: it has far too many outputs."""
-    for reader in readers if node.args[2] is not None else ():
-        shape: Any = g.shape(reader.weight)
-        if reader.bias is None and reader.out is not None:
-            inputs = size_hint(shape[reader.dim]) * reader.groups
-            if size_hint(shape[reader.out]) > _MAX_OUTPUTS * inputs:
-                return Refused(Refusal.NOT_WORTH, reader.node)
-    return None
+def _affine_not_worth(
+    node: fx.Node, plan: Plan, constant: set[fx.Node], *, copies: bool
+) -> Refused | None:
+    """Why it does not pay that readers take a weight and bias over, if so.
+
+    Saved are reads of two vectors, and a multiplication and an addition a number.
+    """
+    after = _made_biases(plan) if node.args[2] is not None else Cost()
+    if plan.rest is not None:
+        after += Cost(byte_count(plan.rest), 0, number_count(node))
+    copied = copied_bytes(reader.weight for reader in plan.readers) if copies else 0
+    return not_worth(node, of_affine(node), after, copied)
+
+
+def _statistics_not_worth(
+    node: fx.Node, plan: Plan, constant: set[fx.Node], *, copies: bool
+) -> Refused | None:
+    """Why it does not pay that readers take all of a norm over, if so.
+
+    What stays of it (its signs before a maximum, a shift in front of zeros) may cost as much.
+    """
+    sketch = Sketch(between(node, (reader.node for reader in plan.readers)), constant)
+    before, of = sketch.cost(), sketch.of
+    drawn = replace(plan, readers=[reader.drawn(of) for reader in plan.readers])
+    _replace_all(sketch.graph, of[node], drawn)
+    copied = copied_bytes(reader.weight for reader in plan.readers) if copies else 0
+    return not_worth(node, before, sketch.cost() + _made_biases(plan), copied)
+
+
+def _made_biases(plan: Plan) -> Cost:
+    """What the biases cost that readers get."""
+    made = [r for r in plan.readers if r.bias is None and r.out is not None]
+    costs = [of_made_bias(r.node, (g.shape(r.weight) or ())[r.out or 0]) for r in made]
+    return sum(costs, Cost())
 
 
 def _moves_mean(node: fx.Node, plan: Plan) -> bool:

@@ -10,6 +10,7 @@ comes before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +62,13 @@ class Reader:
     groups: int
     channels: Channels
     padded: bool = False
+
+    def drawn(self, of: Mapping[fx.Node, fx.Node]) -> Reader:
+        """The same of the copies of its nodes."""
+        bias = None if self.bias is None else of[self.bias]
+        return replace(
+            self, node=of[self.node], source=of[self.source], weight=of[self.weight], bias=bias
+        )
 
 
 def reader_of(

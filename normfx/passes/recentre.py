@@ -12,13 +12,14 @@ token. Then the stream has mean zero, and its LayerNorms need not take it.
 zero. A constant is copied for the place where it is read, so that other readers (a tied head) keep
 the original. Centred constants are computed in float64 and rounded once, and are ordinary nodes of
 the graph, which `hoist` moves out of it. Where a table has more rows than a call looks up, these
-are centred in place of it, in the graph; and so is what else a stream begins with (an input),
-where enough norms read it.
+are centred in place of it, in the graph; and so is what else a stream begins with (an input). The
+cost model says where that pays.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,20 +30,19 @@ from normfx.analyses.blocks import Blocks, Run
 from normfx.analyses.carried import Use
 from normfx.analyses.meanblind import MeanBlind, is_plain_layer_norm, subtracts_mean
 from normfx.analyses.zeromean import CENTRED, Reason, Zero, ZeroMean, is_zero
+from normfx.cost import Cost, adds_nothing, of_mean
 from normfx.laws import ARRANGEMENTS, VIEWS
 from normfx.ops import NormSpec, norm
 from normfx.options import Options
-from normfx.passes.emit import Emitter
-from normfx.passes.verdict import Refused, allows, change, refuse
+from normfx.passes.emit import Emitter, copied_bytes
+from normfx.passes.sketch import Sketch
+from normfx.passes.verdict import Refused, allows, change, not_worth, refuse
 from normfx.record import Refusal
 from normfx.torch_internals import size_hint
 
 aten = torch.ops.aten
 
 RULE = "recentre"
-
-# A value is centred in the graph if norms of this many times as many numbers become cheaper.
-_SAVED = 2
 
 # What may stand between looked-up rows and the sum of them that is the head of a stream.
 _SUMS = frozenset({aten.add, aten.mul, aten.div, aten.to, aten._to_copy, aten.dropout} | VIEWS)
@@ -66,7 +66,8 @@ def recentre(
 
     Refuses:
         rule-off, needs-grad, inside-a-body, weight-not-tracked, other-width, mutation-between,
-        stream-read, post-norm-input, gate-not-constant, active-dropout, writer-not-linear.
+        stream-read, post-norm-input, gate-not-constant, active-dropout, writer-not-linear,
+        not-worth-it.
     """
     training = blocked is Refusal.NEEDS_GRAD
     if training and options.asks_for(RULE):
@@ -83,9 +84,12 @@ def recentre(
     blind: MeanBlind | None = None
     if sites and blocked is None and options.allows(RULE):
         blind = MeanBlind(gm.graph)
-        plans = _plans(gm.graph, [n for n in sites if allows(options, RULE, n)], blind)
+        asked = [node for node in sites if allows(options, RULE, node)]
+        plans = _plans(gm.graph, asked, blind, training=training)
         if frozen:
             plans = {node: _of_frozen(node, plan) for node, plan in plans.items()}
+    made = [plan for plan in plans.values() if isinstance(plan, Zero)]
+    heads, done = _heads(_uses(made), blind) if blind is not None else ({}, set())
     for node in sites:
         plan = plans.get(node) or _switched_off(node, options, blocked)
         if isinstance(plan, Refused):
@@ -95,7 +99,10 @@ def recentre(
             names = [use.value.name for use in _ordered(plan)] + [v.name for v in plan.values]
             change(node, "rewrite", RULE, f"centres {', '.join(dict.fromkeys(names))}")
     if blind is not None:
-        _centre(gm.graph, plans, blind, torch.float32 if training else torch.float64)
+        for value, rows in ({v: blind.blocks[v] for v in _values(made)} | heads).items():
+            _centre_value(gm.graph, value, rows)
+        stored = [use for use in _uses(made) if use not in done]
+        _centre_all(gm.graph, stored, blind, torch.float32 if training else torch.float64)
 
 
 def _of_frozen(node: fx.Node, plan: Zero | Refused) -> Zero | Refused:
@@ -123,22 +130,89 @@ def _switched_off(node: fx.Node, options: Options, blocked: Refusal | None) -> R
 
 
 def _plans(
-    graph: fx.Graph, sites: list[fx.Node], blind: MeanBlind
+    graph: fx.Graph, sites: list[fx.Node], blind: MeanBlind, *, training: bool
 ) -> dict[fx.Node, Zero | Refused]:
     zero = ZeroMean(graph, blind)
     plans: dict[fx.Node, Zero | Refused] = {}
+    legal: dict[fx.Node, Zero] = {}
     stay: list[fx.Node] = []
     for node in sites:
-        other = _check(node, blind)
-        found = other or is_zero(zero, node)
-        if isinstance(found, Reason):
+        found = _check(node, blind) or is_zero(zero, node)
+        if isinstance(found, Zero):
+            legal[node] = found
+        elif isinstance(found, Refused):
+            plans[node] = found
+        else:
             stay.append(node)
             x: Any = node.args[0]
-            found = _refused(found, blind, _made_from(x, blind))
-        plans[node] = found
+            plans[node] = _refused(found, blind, _made_from(x, blind))
+    for group in _groups(legal):  # in training the rule is asked for by name
+        plans |= group if training else _judged(group, blind)
     if stay:
-        plans.update(_with_values(ZeroMean(graph, blind, in_graph=True), stay))
+        zero = ZeroMean(graph, blind, in_graph=True)
+        found = {node: is_zero(zero, node) for node in stay}
+        legal = {node: at for node, at in found.items() if isinstance(at, Zero)}
+        for group in _groups(legal):
+            # to centre what one norm reads is what that norm does
+            plans |= _judged(group, blind) if len(group) > 1 else {}
     return plans
+
+
+def _groups(plans: dict[fx.Node, Zero]) -> list[dict[fx.Node, Zero]]:
+    """The norms by what has to be centred: those that share a part of it go together."""
+    above: dict[Any, Any] = {}
+
+    def top(item: Any) -> Any:
+        while above.setdefault(item, item) != item:
+            above[item] = above[above[item]]
+            item = above[item]
+        return item
+
+    for node, plan in plans.items():
+        for part in plan.uses | plan.values:
+            above[top(part)] = top(node)
+    groups: dict[Any, dict[fx.Node, Zero]] = {}
+    for node, plan in plans.items():
+        groups.setdefault(top(node), {})[node] = plan
+    return list(groups.values())
+
+
+def _judged(norms: dict[fx.Node, Zero], blind: MeanBlind) -> dict[fx.Node, Zero | Refused]:
+    """The plans of some norms if it pays to centre all that these need, else why not.
+
+    A value that is centred in the graph needs a mean of its own, and may be written once more. One
+    norm behind looked-up rows gains nothing by that, nor does it lose.
+    """
+    uses = _uses(norms.values())
+    heads, done = _heads(uses, blind)
+    centred = {value: blind.blocks[value] for value in _values(norms.values())} | heads
+    before, after = sum(map(of_mean, norms), Cost()), Cost()
+    for value, rows in centred.items():
+        without, with_mean = _in_graph(value, rows, blind)
+        before, after = before + without, after + with_mean
+    copied = copied_bytes(use.value for use in uses if use not in done)
+    constants = not copied and centred.keys() == heads.keys()
+    if constants and adds_nothing(before, after):
+        return dict(norms)
+    guilty = next(iter((*centred, *norms)))
+    refused = not_worth(guilty, before, after, copied)
+    return dict.fromkeys(norms, refused) if refused is not None else dict(norms)
+
+
+def _in_graph(value: fx.Node, rows: Blocks, blind: MeanBlind) -> tuple[Cost, Cost]:
+    """What the kernels around a value cost, and what if it is centred there."""
+    sketch = Sketch([value], blind.constant)
+    before = sketch.cost()
+    _centre_value(sketch.graph, sketch.of[value], rows)
+    return before, sketch.cost()
+
+
+def _uses(plans: Iterable[Zero]) -> list[Use]:
+    return list({use: None for plan in plans for use in _ordered(plan)})
+
+
+def _values(plans: Iterable[Zero]) -> list[fx.Node]:
+    return list({value: None for plan in plans for value in sorted(plan.values)})
 
 
 def _check(node: fx.Node, blind: MeanBlind) -> Refused | None:
@@ -153,30 +227,6 @@ def _check(node: fx.Node, blind: MeanBlind) -> Refused | None:
     if not is_plain_layer_norm(node) or (spec.correction and _biased(node) is None):
         return Refused(Refusal.OTHER_WIDTH, node)
     return None
-
-
-def _with_values(zero: ZeroMean, stay: list[fx.Node]) -> dict[fx.Node, Zero]:
-    """The norms for which it pays to centre values in the graph: inputs of a stream, say.
-
-    A value is centred by one pass over it. That saves one for each norm that reads the stream.
-    """
-    groups: list[tuple[set[fx.Node], dict[fx.Node, Zero]]] = []
-    for node in stay:
-        found = is_zero(zero, node)
-        if isinstance(found, Reason):
-            continue
-        values, norms = set(found.values), {node: found}
-        for group in [group for group in groups if group[0] & values]:
-            groups.remove(group)
-            values |= group[0]
-            norms |= group[1]
-        groups.append((values, norms))
-    chosen: dict[fx.Node, Zero] = {}
-    for values, norms in groups:
-        saved = sum(_size(node.args[0]) for node in norms)
-        if saved >= _SAVED * sum(_size(value) for value in values):
-            chosen |= norms
-    return chosen
 
 
 def _size(node: Any) -> int:
@@ -267,46 +317,31 @@ def _biased(node: fx.Node) -> NormSpec | None:
 # ---------------------------------------------------------------------------- what is centred
 
 
-def _centre(
-    graph: fx.Graph,
-    plans: dict[fx.Node, Zero | Refused],
-    blind: MeanBlind,
-    dtype: torch.dtype,
-) -> None:
-    """Centres all that the plans name, each once."""
-    made = [plan for plan in plans.values() if isinstance(plan, Zero)]
-    uses = list({use: None for plan in made for use in _ordered(plan)})
-    for value in {value: None for plan in made for value in plan.values}:
-        dim = blind.blocks[value].row()
-        assert dim is not None
-        _centre_value(graph, value, dim).meta[CENTRED] = blind.blocks[value]
-    done = _centre_heads(graph, uses, blind)
-    _centre_all(graph, [use for use in uses if use not in done], blind, dtype)
-
-
-def _centre_heads(graph: fx.Graph, uses: list[Use], blind: MeanBlind) -> set[Use]:
-    """Centres the rows that a call looks up, where a copy of the whole table would be larger.
-
-    Returns:
-        The uses that are done with that.
+def _heads(uses: list[Use], blind: MeanBlind) -> tuple[dict[fx.Node, Blocks], set[Use]]:
+    """Where rows are centred once a call, as a copy of their whole table would be larger.
 
     Where a stream begins as a sum of looked-up rows and constants (tokens, positions), the sum is
-    centred, once a call: no table is copied. The mean is one pass over what the first norm
-    reads anyway.
+    centred: no table is copied. The mean is one pass over what the first norm reads anyway.
+
+    Returns:
+        These sums and their rows, and the uses that are done with that.
     """
+    heads: dict[fx.Node, Blocks] = {}
     done: set[Use] = set()
     for use in uses:
         if use in done or g.packet(use.reader) is not aten.embedding or not _is_large(use):
             continue
         head = _head(use.reader, blind)
         rows = blind.of(head)
-        dim = None if rows is None else rows.row()
-        if dim is None:
+        if rows is None or rows.row() is None:
             continue
+        before, after = _in_graph(head, rows, blind)
+        if after.bytes > before.bytes or after.kernels > before.kernels:
+            continue  # not in a kernel that is there anyway
         inside = _only_for(head, blind)
         done.update(u for u in uses if u.reader in inside)
-        _centre_value(graph, head, dim).meta[CENTRED] = rows
-    return done
+        heads[head] = rows
+    return heads, done
 
 
 def _is_large(use: Use) -> bool:
@@ -346,21 +381,26 @@ def _only_for(head: fx.Node, blind: MeanBlind) -> set[fx.Node]:
     return inside
 
 
-def _centre_value(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:
-    """Takes the mean from a value, in the graph and in float32 at least."""
-    dtype: Any = g.dtype(node)
-    wider = torch.promote_types(dtype, torch.float32)
+def _centre_value(graph: fx.Graph, node: fx.Node, rows: Blocks) -> None:
+    """Takes the mean of each row from a value, in the graph and in float32 at least."""
+    held, dim = g.tensor(node), rows.row()
+    assert held is not None
+    assert dim is not None
+    dtype = torch.promote_types(held.dtype, torch.float32)
+    with g.fake_mode(node), torch.no_grad():
+        wide = torch.empty_like(held, dtype=dtype)
+        one, result = wide.mean(dim, keepdim=True), torch.empty_like(held)
     with graph.inserting_before(_after(node)):
         emit = Emitter(graph, node, RULE)
-        wide = node if wider == dtype else emit(aten.to.dtype, node, wider)
-        mean = emit(aten.mean.dim, wide, [dim], True)
-        centred = emit(aten.sub.Tensor, wide, mean)
-        made = {wide, mean, centred}
-        if wider != dtype:
-            centred = emit(aten.to.dtype, centred, dtype)
+        source = node if dtype == held.dtype else emit(aten.to.dtype, node, dtype, like=wide)
+        mean = emit(aten.mean.dim, source, [dim], True, like=one)
+        centred = emit(aten.sub.Tensor, source, mean, like=wide)
+        made = {source, mean, centred}
+        if dtype != held.dtype:
+            centred = emit(aten.to.dtype, centred, held.dtype, like=result)
     node.replace_all_uses_with(centred, lambda user: user not in made, propagate_meta=False)
-    g.inherit_meta(centred, node)
-    return centred
+    g.inherit_provenance(centred, node)
+    centred.meta[CENTRED] = rows
 
 
 def _centre_all(graph: fx.Graph, uses: list[Use], blind: MeanBlind, dtype: torch.dtype) -> None:

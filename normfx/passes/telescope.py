@@ -27,12 +27,13 @@ from torch import fx
 
 from normfx import graph as g
 from normfx.analyses.offset import Addend, Read, is_sum, spread
+from normfx.cost import Cost, of_affine, of_made_bias
 from normfx.layout import plain
 from normfx.ops import norm
 from normfx.options import Options
 from normfx.passes.affines import Affine, Affines, is_near, is_sound
 from normfx.passes.channels import Channels
-from normfx.passes.emit import Emitter
+from normfx.passes.emit import Emitter, copied_bytes
 from normfx.passes.fold_back import (
     Writer,
     given_channel,
@@ -42,7 +43,7 @@ from normfx.passes.fold_back import (
 )
 from normfx.passes.readers import Reader, fold_into, reader_of
 from normfx.passes.values import Values
-from normfx.passes.verdict import Refused, allows, change, refuse
+from normfx.passes.verdict import Refused, allows, change, not_worth, refuse
 from normfx.record import Refusal
 
 aten = torch.ops.aten
@@ -104,7 +105,7 @@ def telescope(
         rule-off, needs-grad, inside-a-body, weight-not-tracked, statistics-not-tracked,
         mutation-between, affine-not-constant, channels-mixed, writer-not-linear, range-too-small,
         no-reader, extra-user, reader-not-linear, zero-padding, dim-not-last, weight-not-constant,
-        scale-not-known, ill-conditioned.
+        scale-not-known, ill-conditioned, not-worth-it.
     """
     found = [n for n in gm.graph.find_nodes(op="call_function", target=norm) if _is_given(n)]
     if not found:
@@ -251,6 +252,9 @@ class _Telescope:
 
     def _conditioned(self, node: fx.Node, plan: _Plan) -> _Plan | Refused:
         """The plan, if the weights are such that it may be carried out."""
+        refused = self._not_worth(node, plan)
+        if refused is not None:
+            return refused
         has_mean, _ = self.affines.parts(node)
         far = has_mean and plan.centred is None
         if not plan.branches and not far:
@@ -265,6 +269,31 @@ class _Telescope:
         if far and (node.args[5] is None or not is_near(self.values, node)):
             return Refused(Refusal.CONDITION, node)
         return plan
+
+    def _not_worth(self, node: fx.Node, plan: _Plan) -> Refused | None:
+        """Why it does not pay to take a norm out, if so: biases may be made, and weights copied."""
+        has_mean, _ = self.affines.parts(node)
+        takers: list[tuple[Any, bool]] = [
+            (taker, branch.addend.offset.shifted)
+            for branch in plan.branches
+            for taker in self._written(branch)
+        ]
+        takers += [(plan.centred, True)] if has_mean else []
+        writers = [(taker, shifted) for taker, shifted in takers if isinstance(taker, Writer)]
+        made = [(w.node, w.channels) for w, shifted in writers if shifted and w.bias is None]
+        for reader, shifted in plan.readers:
+            if shifted and reader.bias is None and reader.out is not None:
+                made.append((reader.node, (g.shape(reader.weight) or ())[reader.out]))
+        after = sum((of_made_bias(user, outputs) for user, outputs in made), Cost())
+        weights = [writer.weight for writer, _ in writers]
+        copied = copied_bytes([*weights, *(reader.weight for reader, _ in plan.readers)])
+        return not_worth(node, of_affine(node), after, copied)
+
+    def _written(self, branch: _Branch) -> list[Writer | fx.Node]:
+        """What makes a branch; the first of it takes the shift."""
+        terms = self._terms(branch.addend.node, branch.addend.operand, branch.dim)
+        assert not isinstance(terms, Refused)
+        return terms
 
     # ------------------------------------------------------------------------ the replacement
 
@@ -294,7 +323,7 @@ class _Telescope:
     def _divide(self, branch: _Branch, size: int, held: Affine, inverse: Any) -> None:
         """Makes a branch compute (y + T) / S in place of y, or y / S where the stream has no T."""
         addend = branch.addend
-        terms: Any = self._terms(addend.node, addend.operand, branch.dim)
+        terms = self._written(branch)
         shift: Any = None
         if addend.offset.shifted and held.shift is not None:
             shift = self.affines.emitter(addend.node)(aten.mul.Tensor, held.shift, inverse)

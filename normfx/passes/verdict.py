@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import fx
 
 from normfx import graph as g
+from normfx.cost import Cost, saves
 from normfx.record import Record, Refusal
 
 if TYPE_CHECKING:
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Why a rule leaves a norm as it is, and the node that made it so."""
+    """Why a rule leaves a norm as it is, the node that made it so, and what there is to add."""
 
     code: Refusal
     node: fx.Node
+    detail: str = ""
 
 
 # What may still refuse a plan that a rule holds legal, for a norm: the caller of the rule.
@@ -39,8 +41,23 @@ def allows(options: Options, rule: str, norm: fx.Node) -> bool:
 
 def refuse(norm: fx.Node, stage: str, rule: str, refused: Refused) -> None:
     """Records that a rule left a canonical norm as it is, and the user's line that is guilty."""
-    guilty = refused.node
-    _note(norm, Record(stage, rule, False, refused.code, guilty.name, g.location(guilty)))
+    guilty, code = refused.node, refused.code
+    _note(norm, Record(stage, rule, False, code, guilty.name, g.location(guilty), refused.detail))
+
+
+def not_worth(node: fx.Node, before: Cost, after: Cost, copied_bytes: int = 0) -> Refused | None:
+    """The refusal of a rewrite that is legal and does not pay, with its numbers.
+
+    Args:
+        node: what would change.
+        before: what a call costs, as far as that changes.
+        after: the same after the rewrite.
+        copied_bytes: of weights that would be held beside the originals.
+    """
+    if saves(before, after, copied_bytes):
+        return None
+    copies = f", and {copied_bytes} bytes of copied weights" if copied_bytes else ""
+    return Refused(Refusal.NOT_WORTH, node, f"{before} a call; {after} after{copies}")
 
 
 def change(norm: fx.Node, stage: str, rule: str, detail: str) -> None:

@@ -56,6 +56,8 @@ DEFERS = {
     "tensor-eps": lambda m, y, x: m.small(
         x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + m.vector.square().sum())
     ),
+    "softmax": lambda m, y, x: m.up(y).softmax(-1),
+    "added-to-rows": lambda m, y, x: torch.ones_like(m.up(y)) + m.up(y),
     "shared-weight": lambda m, y, x: m.small(y) + m.small(x),
     "shared-statistic": lambda m, y, x: (lambda s: (m.small(x * torch.rsqrt(s + 0.5)), s.mean()))(
         x.pow(2).mean(-1, keepdim=True)
@@ -143,9 +145,14 @@ STAY = {
         lambda m, y, x: (lambda u: u + m.down(m.up(u)))(F.rms_norm(x, (WIDTH,), eps=0.5)),
         "reader-not-linear",
     ),
-    "added": (lambda m, y, x: torch.ones_like(m.up(y)) + m.up(y), "not-worth-it"),
+    "added-to-a-matrix": (
+        lambda m, y, x: (
+            m.up.weight
+            + F.rms_norm(x.flatten(0, 1), (WIDTH,), eps=0.5) @ m.small.weight.new_ones(WIDTH, WIDTH)
+        ),
+        "not-worth-it",
+    ),
     "two-heads": (lambda m, y, x: (m.small(y), y @ m.matrix), "not-worth-it"),
-    "softmax": (lambda m, y, x: m.up(y).softmax(-1), "not-worth-it"),
     "fused-input": (
         lambda m, y, x: m.small(F.rms_norm(x.tanh(), (WIDTH,), eps=0.5)) + y.sum(),
         "not-worth-it",
@@ -284,7 +291,7 @@ def test_the_layer_norm_form_cancels():
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("case", ["gated", "few-outputs", "several"])
+@pytest.mark.parametrize("case", ["gated", "few-outputs", "several", "softmax", "added-to-rows"])
 def test_inductor_generates_no_more_kernels(case):
     def kernels(rules):
         torch._dynamo.reset()

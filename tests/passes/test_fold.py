@@ -576,15 +576,41 @@ def test_a_weight_stays_where_numbers_are_not_multiples_of_it(case):
         )
 
 
-@pytest.mark.parametrize(("outputs", "biased"), [(128, False), (136, False), (136, True)])
+@pytest.mark.parametrize(("outputs", "biased"), [(16, False), (136, False), (136, True)])
 def test_a_bias_is_not_made_for_very_many_outputs(outputs, biased):
-    """The head of a language model, which has none: it would be one more pass over the logits."""
+    """The head of a language model, which has none: to read it costs more than the fold saves."""
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, outputs, bias=biased))
     assert_agrees(roughened(model), torch.randn(16, 8))
     (site,) = normfx.report().sites
-    stays = outputs > 16 * 8 and not biased
+    stays = outputs > 16 and not biased
     assert site.actions == ([] if stays else [RULE])
     assert ("not-worth-it" in site.refusals) == stays
+    if stays:  # 2 vectors and 2 operations a number, against a vector of biases
+        (record,) = (r for r in site.records if r.code is not None and r.rule == RULE)
+        assert record.detail == (
+            "64 bytes, 0 kernels, 256 flops a call; 544 bytes, 0 kernels, 0 flops after,"
+            " and 4352 bytes of copied weights"
+        )
+
+
+def test_a_bias_is_not_made_where_it_may_be_a_pass_over_a_large_result():
+    """A product that had none may not take it; a smaller result is still in a cache then."""
+    for rows, stays in ((512, True), (64, False)):
+        torch._dynamo.reset()
+        normfx.reset()
+        model = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 1024, bias=False))
+        assert_agrees(roughened(model), torch.randn(rows, 256))
+        assert normfx.report().sites[0].actions == ([] if stays else [RULE])
+
+
+def test_a_weight_is_not_copied_for_one_row():
+    """A call saves the read of a vector of 4 KiB; a copy of 16 MiB is not repaid soon."""
+    for rows, stays in ((1, True), (64, False)):
+        torch._dynamo.reset()
+        normfx.reset()
+        model = nn.Sequential(nn.RMSNorm(512), nn.Linear(512, 8192, bias=False))
+        assert_agrees(roughened(model), torch.randn(rows, 512))
+        assert normfx.report().sites[0].actions == ([] if stays else [RULE])
 
 
 class Rectified(nn.Module):

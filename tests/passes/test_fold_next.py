@@ -192,9 +192,8 @@ READS = {
     "average": lambda y, r: r(F.avg_pool2d(y, 2)),
     "upsampled": lambda y, r: r(F.interpolate(y, scale_factor=2)),
     "padded-as-it-is-inside": lambda y, r: r(F.pad(y, (1, 2, 0, 1), mode="reflect")),
-    "two-readers": lambda y, r: r(F.max_pool2d(y, 2)).mean() + r(y),
 }
-NOT_FEWER = ("upsampled", "padded-as-it-is-inside", "two-readers")
+NOT_FEWER = ("upsampled", "padded-as-it-is-inside")
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -203,6 +202,23 @@ def test_on_the_way(case, padding):
     if padding and case in NOT_FEWER:
         pytest.skip("what pads reads as many numbers as the norm makes")
     assert_vanishes(read(nn.Conv2d(6, 4, 3, padding=padding), READS[case]), torch.randn(IMAGE))
+
+
+def two_readers(y, r):
+    return r(F.max_pool2d(y, 2)).mean() + r(y)
+
+
+def test_signs_that_cost_as_much_as_the_norm_stay():
+    """Of two readers one has no maximum before it: the product with the signs is written for it."""
+    model = roughened(read(nn.Conv2d(6, 4, 3), two_readers)).eval()
+    with torch.no_grad():
+        model.norm.weight[1] = -1.0
+    assert_agrees(model, torch.randn(IMAGE))
+    (site,) = normfx.report().sites
+    assert site.actions == []
+    (record,) = (r for r in site.records if r.rule == "fold-statistics-into-next")
+    assert record.code is normfx.record.Refusal.NOT_WORTH
+    assert " a call; " in record.detail
 
 
 HOMOGENEOUS = {

@@ -833,7 +833,7 @@ def test_swin():
 def test_dropout_in_training():
     torch.manual_seed(0)
     assert_agrees(roughened(Gpt(blocks=1)).train(), IDS)
-    assert decisions() == ["active-dropout"] * 3
+    assert decisions() == [RULE] * 3  # two values are centred behind dropout, for three norms
 
 
 def test_with_gradients():
@@ -842,10 +842,12 @@ def test_with_gradients():
 
 
 class Fed(Gpt):
-    """Blocks that are given embeddings, and pick some of their rows."""
+    """Blocks that are given embeddings: to centre these in the graph pays for six norms or more."""
+
+    def __init__(self, blocks=3) -> None:
+        super().__init__(blocks)
 
     def forward(self, x, picked):
-        x = x.gather(1, picked.unsqueeze(-1).expand(-1, -1, WIDTH))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
@@ -864,7 +866,7 @@ TRAINED = {
     "parallel": (lambda: Gpt(block=Parallel), (IDS,), 3),
     "layer-scale": (lambda: Gpt(block=LayerScale), (IDS,), 5),
     "encoder-decoder": (lambda: EncoderDecoder(), (IDS, IDS.flip(1)), 7),
-    "embedded": (lambda: Fed(), FED, 5),
+    "embedded": (lambda: Fed(5), FED, 11),
 }
 
 
@@ -1061,35 +1063,59 @@ def test_random_programs():
 def test_a_stream_that_begins_with_an_input_is_centred_once():
     torch.manual_seed(0)
     assert_agrees(roughened(Fed()).eval(), *FED)
-    assert decisions() == [RULE] * 5
+    assert decisions() == [RULE] * 7
 
 
-def test_golden_of_a_centred_input():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.LayerNorm(8, bias=False), nn.LayerNorm(8, bias=False)
-            self.inner, self.out = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
+class Sinusoid(nn.Module):
+    """Norms in parallel, of what is no parameter and is written to memory in any case."""
 
-        def forward(self, x):
-            x = x + self.inner(self.one(x))
-            return self.out(self.two(x))
+    def __init__(self, norms=2) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(8, bias=False) for _ in range(norms)])
+        self.inner, self.out = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
 
+    def forward(self, x):
+        x = x.sin()
+        *first, last = self.norms
+        for layer in first:
+            x = x + self.inner(layer(x))
+        return self.out(last(x))
+
+
+def test_golden_of_a_centred_value():
     with torch.no_grad():
-        texts, _ = stages_of(roughened(Two()), torch.randn(4, 8))
+        texts, _ = stages_of(Sinusoid(), torch.randn(4, 8))
     assert_expected_inline(
         texts["lower"],
         """\
-v0 = mean(in1, [1], True)
-v1 = sub(in1, v0)
-v2 = rms_norm(v1, [8], None, 1e-05)
-v3 = linear(v2, hoisted_0)
-v4 = add(v1, v3)
-v5 = rms_norm(v4, [8], None, 1e-05)
-v6 = linear(v5, hoisted_1)
-return [v6]
+v0 = sin(in0)
+v1 = mean(v0, [1], True)
+v2 = sub(v0, v1)
+v3 = rms_norm(v2, [8], None, 1e-05)
+v4 = linear(v3, hoisted_0)
+v5 = add(v2, v4)
+v6 = rms_norm(v5, [8], None, 1e-05)
+v7 = linear(v6, hoisted_1)
+return [v7]
 """,
     )
+
+
+def test_an_input_is_centred_for_many_norms_only():
+    """What was read only is written then: 4 bytes and 2 operations a number, for 2 of each norm."""
+
+    class Given(Sinusoid):
+        def forward(self, x):
+            *first, last = self.norms
+            for layer in first:
+                x = x + self.inner(layer(x))
+            return self.out(last(x))
+
+    for norms, code in ((5, "not-worth-it"), (6, RULE)):
+        torch._dynamo.reset()
+        normfx.reset()
+        assert_agrees(roughened(Given(norms)), torch.randn(64, 8))
+        assert decisions() == [code] * norms
 
 
 def test_rows_picked_number_by_number_are_no_rows():
@@ -1100,7 +1126,7 @@ def test_rows_picked_number_by_number_are_no_rows():
     torch.manual_seed(0)
     model = roughened(Picked()).eval()
     assert_agrees(model, *FED)
-    assert decisions() == [RULE] * 5  # what was picked is centred
+    assert decisions() == [RULE] * 7  # what was picked is centred
 
     class Read(Picked):
         def forward(self, x, picked):
@@ -1109,7 +1135,7 @@ def test_rows_picked_number_by_number_are_no_rows():
             return F.layer_norm(mixed, (WIDTH,)), F.layer_norm(rows, (WIDTH,))
 
     assert_agrees(roughened(Read()).eval(), *FED)
-    assert RULE not in decisions()[5:]
+    assert RULE not in decisions()[7:]
 
 
 def test_a_gate_in_each_branch_is_not_worth_a_pass_in_each():
@@ -1133,17 +1159,18 @@ def test_a_gate_in_each_branch_is_not_worth_a_pass_in_each():
 
     torch.manual_seed(0)
     assert_agrees(roughened(Stack()).eval(), IDS, torch.rand(IDS.shape[0], 1, WIDTH))
-    assert decisions() == [RULE, *["gate-not-constant"] * 3]
+    assert decisions() == [RULE, *["not-worth-it"] * 3]
 
 
 def test_a_value_is_centred_only_if_all_who_read_it_are_blind():
     class Returned(Fed):
         def forward(self, x, picked):
-            return super().forward(x, picked), x * 2
+            rows = x.gather(1, picked.unsqueeze(-1).expand(-1, -1, WIDTH))
+            return super().forward(rows, picked), x * 2
 
     torch.manual_seed(0)
     assert_agrees(roughened(Returned()).eval(), *FED)
-    assert decisions() == [RULE] * 5  # the picked rows are another value than x
+    assert decisions() == [RULE] * 7  # the picked rows are another value than x
 
     class Tapped(Gpt):
         def forward(self, x):
@@ -1153,4 +1180,4 @@ def test_a_value_is_centred_only_if_all_who_read_it_are_blind():
 
     with torch.no_grad():
         compiled(roughened(Tapped()).eval())(FED[0])
-    assert RULE not in decisions()[5:]
+    assert RULE not in decisions()[7:]
