@@ -105,8 +105,8 @@ def _line(row: Row, best: float | None) -> str:
 
 
 def _failure(error: BaseException) -> str:
-    """The first line of an error, and where it came from."""
+    """What an error says first (a compiler's begins with whose it is), and where it came from."""
     where = traceback.extract_tb(error.__traceback__)
     place = f" ({where[-1].filename.rsplit('/', 1)[-1]}:{where[-1].lineno})" if where else ""
-    said = str(error).strip().splitlines()
-    return f"failed: {type(error).__name__}: {said[0][:160] if said else ''}{place}"
+    said = " ".join(str(error).strip().splitlines()[:2])
+    return f"failed: {type(error).__name__}: {said[:200]}{place}"
