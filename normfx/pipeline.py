@@ -121,16 +121,16 @@ def rewrite(
     hoists = _blocked(False, tracked, in_body) is None and options.allows("hoist")
     frozen = grad and hoists and g.has_frozen(captured.graph)
     folds = None if frozen else blocked
+    marked = marked_inputs(gm, inputs)
     with _stage("rewrite", journal):
         values = Values(captured, inputs)
         unread(captured, options)
         conditions = open_clamp(captured, options, blocked=blocked, values=values)
         norm_of_norm(captured, options, grad=grad)
         identity_norm(captured, options)
-        recentre(captured, options, blocked=blocked, frozen=frozen)
+        recentre(captured, options, blocked=blocked, frozen=frozen, baked=bool(marked))
     watch("rewrite", captured)
     with _stage("fold", journal):
-        marked = marked_inputs(gm, inputs)
         conditions += neutral(captured, options, marked, blocked=blocked)
         fold_back(captured, options, blocked=folds, permit=permit)
         conditions += telescope(captured, options, blocked=blocked, values=values)

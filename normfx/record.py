@@ -56,6 +56,7 @@ class Refusal(enum.Enum):
     CANCELS = "cancellation"
     NOT_WORTH = "not-worth-it"
     # bake
+    BAKED = "weights-baked"
     NEUTRAL = "already-neutral"
     SHARED = "parameter-shared"
     COMPUTED = "parameter-computed"
@@ -234,6 +235,10 @@ REFUSALS: dict[Refusal, Explanation] = {
     Refusal.NOT_WORTH: Explanation(
         "Legal, but the cost model expects no gain.",
         "See docs/rewrites.md for what it costs.",
+    ),
+    Refusal.BAKED: Explanation(
+        "The model was baked, so that no weight has a second copy; centring would make one.",
+        "Name `recentre` in the option `rules` to have it all the same.",
     ),
     Refusal.NEUTRAL: Explanation(
         "The norm's weight is one and its bias zero already.",

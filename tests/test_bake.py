@@ -201,6 +201,37 @@ def test_models(name):
     assert_undone(model, baked, before)
 
 
+class Stream(nn.Module):
+    """A residual stream that only LayerNorms read: what writes it could be centred."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.last, self.head = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = x + self.down(self.up(self.norm(x)).relu())
+        return self.head(self.last(x))
+
+
+def test_a_baked_model_is_not_centred_unless_that_is_asked_for():
+    model, x = roughened(Stream()), torch.randn(5, 6)
+    assert_baked(model, x, exact_undo=True)
+    normfx.reset()
+    with torch.no_grad():
+        compiled_with_all_rules(model)(x)
+    assert folded_bytes() == 0
+    sites = normfx.report().sites
+    assert all("weights-baked" in s.refusals and "recentre" not in s.actions for s in sites)
+    normfx.reset()
+    with torch.no_grad():
+        compiled_with_all_rules(model, rules=["recentre", "drop-baked", "hoist"])(x)
+    assert all("recentre" in site.actions for site in normfx.report().sites)
+    assert folded_bytes() > 0
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_in_bfloat16(name):
     make, shape, _ = MODELS[name]

@@ -49,7 +49,12 @@ _SUMS = frozenset({aten.add, aten.mul, aten.div, aten.to, aten._to_copy, aten.dr
 
 
 def recentre(
-    gm: fx.GraphModule, options: Options, *, blocked: Refusal | None, frozen: bool = False
+    gm: fx.GraphModule,
+    options: Options,
+    *,
+    blocked: Refusal | None,
+    frozen: bool = False,
+    baked: bool = False,
 ) -> None:
     """Makes an RMSNorm of every LayerNorm whose input can be given mean zero.
 
@@ -58,6 +63,8 @@ def recentre(
         options: says whether the rule may run.
         blocked: why no weight may be changed in this graph (gradients flow, say), or None.
         frozen: whether those that no gradients are wanted of may nevertheless.
+        baked: whether `bake_` was called on the model, so that no weight may have a second copy,
+            unless the rule is asked for by name.
 
     With gradients the rule runs only if it is asked for by name: the weights are centred again in
     every step, in the graph, so the parameters get the gradients that they have without it.
@@ -67,7 +74,7 @@ def recentre(
     Refuses:
         rule-off, needs-grad, inside-a-body, weight-not-tracked, other-width, mutation-between,
         stream-read, post-norm-input, gate-not-constant, active-dropout, writer-not-linear,
-        not-worth-it.
+        not-worth-it, weights-baked.
     """
     training = blocked is Refusal.NEEDS_GRAD
     if training and options.asks_for(RULE):
@@ -90,6 +97,12 @@ def recentre(
             plans = {node: _of_frozen(node, plan) for node, plan in plans.items()}
     made = [plan for plan in plans.values() if isinstance(plan, Zero)]
     heads, done = _heads(_uses(made), blind) if blind is not None else ({}, set())
+    if baked and not options.asks_for(RULE):
+        for node, plan in plans.items():
+            if isinstance(plan, Zero) and not done.issuperset(plan.uses):
+                plans[node] = Refused(Refusal.BAKED, node)
+        made = [plan for plan in plans.values() if isinstance(plan, Zero)]
+        heads, done = _heads(_uses(made), blind) if blind is not None else ({}, set())
     for node in sites:
         plan = plans.get(node) or _switched_off(node, options, blocked)
         if isinstance(plan, Refused):

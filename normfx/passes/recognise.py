@@ -88,7 +88,7 @@ def recognise(
             if found.miss is not None and node not in missed:
                 missed.update(found.region)
                 miss(found.miss.at, found.miss.code, found.miss.guilty)
-    for node, core, region in list(static_norms(facts)):
+    for node, core, region in static_norms(facts):  # the x of one may be the result of another
         place([(node, core)], region)
     for node in gm.graph.nodes:
         if _divides(node) and node not in placed | missed | facts.constant:

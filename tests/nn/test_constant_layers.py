@@ -78,6 +78,27 @@ def test_a_block_trained_with_unified_norm_has_no_norm_left():
     assert_agrees(block, torch.randn(3, 5, 8))
 
 
+class Residual(nn.Module):
+    """A norm whose result the next norm and the residual read, through a dropout (Swin's first)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first = nn.Linear(8, 8), trained(N.UnifiedNorm(8))
+        self.drop, self.block = nn.Dropout(0.1), Block(trained(N.UnifiedNorm(8)))
+
+    def forward(self, x):
+        return self.block(self.drop(self.first(self.embed(x))))
+
+
+def test_a_norm_of_the_result_of_a_norm():
+    model = Residual().eval()
+    with torch.no_grad():
+        _, journal = stages_of(model, torch.randn(3, 5, 8))
+    actions = [site.actions for site in journal.sites]
+    assert actions == [["fold-statistics-into-previous"], ["telescope"]]
+    assert_agrees(model, torch.randn(3, 5, 8))
+
+
 ONE_OPERATOR = {
     "images, then a convolution": (
         lambda: nn.Sequential(trained(N.UnifiedNorm(8, channel_dim=1)), nn.Conv2d(8, 4, 3)),
