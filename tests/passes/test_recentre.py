@@ -956,27 +956,31 @@ def test_mean_given():
 # ------------------------------------------------------------------------------------ live weights
 
 
-def _agrees_now(model, fast, *inputs):
+def _agrees_on_several(model, fast):
+    """The contract over several inputs at once: the largest of 360 errors is a matter of luck."""
+    generator = torch.Generator().manual_seed(1)
+    several = [torch.randint(0, 30, IDS.shape, generator=generator) for _ in range(8)]
     with torch.no_grad():
-        exact = copy.deepcopy(model).double()(*_double(inputs))
-        assert_within_contract(fast(*inputs), model(*inputs), exact)
+        exact_model = copy.deepcopy(model).double()
+        runs = [torch.cat([run(ids) for ids in several]) for run in (fast, model, exact_model)]
+    assert_within_contract(*runs)
 
 
 def test_live_weights():
     torch.manual_seed(0)
     model = roughened(Gpt(tied=True, block=LayerScale)).eval()
     fast = compiled(model)
-    _agrees_now(model, fast, IDS)
+    _agrees_on_several(model, fast)
     with torch.no_grad():
         model.tokens.weight.mul_(1.5).add_(2.0)
-        _agrees_now(model, fast, IDS)
+        _agrees_on_several(model, fast)
         model.blocks[0].gamma1.mul_(-3.0)
-        _agrees_now(model, fast, IDS)
+        _agrees_on_several(model, fast)
         other = roughened(Gpt(tied=True, block=LayerScale))
         model.load_state_dict(other.state_dict())
-        _agrees_now(model, fast, IDS)
+        _agrees_on_several(model, fast)
         model.load_state_dict(Gpt(tied=True, block=LayerScale).state_dict(), assign=True)
-        _agrees_now(model, fast, IDS)
+        _agrees_on_several(model, fast)
 
 
 # ------------------------------------------------------------------------------------ random graphs
