@@ -157,7 +157,7 @@ ORACLE = {
     ),
     "given statistics into the operator before": (
         "static_foldable_back",
-        {"fold-statistics-into-previous"},
+        {"fold-statistics-into-previous"} | _WHOLE,
     ),
     "given statistics into the operators after": (
         "static_foldable_forward",
@@ -177,22 +177,41 @@ def beside_oracle(rows: dict[str, Any], oracle: dict[str, Any]) -> list[str]:
     for family, row in sorted(rows.items()):
         sites = [s for graph in row.get("report", {"graphs": []})["graphs"] for s in graph["sites"]]
         for what, (name, rules) in ORACLE.items():
-            found = [site for site in sites if rules & set(site["actions"])]
-            if name == "recentrable":
-                found = [s for s in found if s["kind"] == "LayerNorm" or s["on_weight"]]
-            if name == "affine_foldable":
-                found = [s for s in found if s["weight"] or s["bias"]]
+            able = [site for site in sites if _is_of(name, site)]
+            found = [site for site in able if rules & set(site["actions"])]
+            legal = [s for s in able if s not in found and _is_dear(s, rules)]
             possible, done = oracle[family][name], len(found)
-            totals[what].update(oracle=possible, normfx=done, reached=min(possible, done))
+            reached = min(possible, done)
+            dear = min(possible - reached, len(legal))
+            totals[what].update(oracle=possible, normfx=done, reached=reached, dear=dear)
             if done < possible:
-                short.append(f"| {family} | {what} | {possible} | {done} |")
-    lines = ["| | oracle | normfx | of the oracle's, reached |", "|---|--:|--:|--:|"]
+                short.append(f"| {family} | {what} | {possible} | {done} | {dear} |")
+    lines = [
+        "| | oracle | normfx | of the oracle's, reached | legal, not worth it |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for what, count in totals.items():
         share = f"{count['reached'] / max(count['oracle'], 1):.1%}"
         lines.append(
-            f"| {what} | {count['oracle']} | {count['normfx']} | {count['reached']} ({share}) |"
+            f"| {what} | {count['oracle']} | {count['normfx']} | {count['reached']} ({share})"
+            f" | {count['dear']} |"
         )
-    return [*lines, "", "| family | less of | oracle | normfx |", "|---|---|--:|--:|", *short]
+    head = ["| family | less of | oracle | normfx | legal, not worth it |", "|---|---|--:|--:|--:|"]
+    return [*lines, "", *head, *short]
+
+
+def _is_of(name: str, site: dict[str, Any]) -> bool:
+    """Whether the oracle counts this norm under one of its names."""
+    if name == "affine_foldable":
+        return site["weight"] or site["bias"]
+    if name == "recentrable":  # of a parameter, a LayerNorm is called weight standardization
+        return site["kind"] == "LayerNorm" or (site["on_weight"] and site["origin"] == "layer_norm")
+    return site["kind"] in ("BatchNorm", "FrozenBatchNorm")
+
+
+def _is_dear(site: dict[str, Any], rules: set[str]) -> bool:
+    """Whether one of the rules was refused for this norm as not worth it alone."""
+    return any(r["rule"] in rules and r["code"] == "not-worth-it" for r in site["records"])
 
 
 def summary(rows: dict[str, Any], truth: dict[str, Any]) -> list[str]:

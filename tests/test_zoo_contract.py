@@ -72,12 +72,23 @@ def test_other_inputs_are_of_the_same_kind():
     assert torch.equal(other["mask"], given["mask"])
 
 
+DEAR = {"rule": "fold-affine-into-linear", "code": "not-worth-it"}
+
+
+def _site(kind, weight, actions):
+    return {
+        "kind": kind,
+        "on_weight": False,
+        "weight": weight,
+        "bias": False,
+        "origin": "algebra",
+        "actions": actions,
+        "records": [] if actions else [DEAR],
+    }
+
+
 def _row(*sites):
-    made = [
-        {"kind": k, "on_weight": False, "weight": w, "bias": False, "actions": a}
-        for k, w, a in sites
-    ]
-    return {"report": {"graphs": [{"sites": made}]}}
+    return {"report": {"graphs": [{"sites": [_site(*site) for site in sites]}]}}
 
 
 def test_beside_the_oracle():
@@ -90,12 +101,14 @@ def test_beside_the_oracle():
             ("BatchNorm", True, ["fold-statistics-into-previous"]),
             ("BatchNorm", True, ["telescope"]),
         ),
-        "b": _row(("RMSNorm", True, ["hoist"]), ("RMSNorm", False, ["drop-unread"])),
+        "b": _row(
+            ("RMSNorm", True, ["hoist"]), ("RMSNorm", False, ["drop-unread"]), ("RMSNorm", True, [])
+        ),
     }
     lines = beside_oracle(rows, oracle)
-    assert lines[2].endswith("| 1 | 1 | 1 (100.0%) |")
-    assert lines[3].endswith("| 3 | 3 | 2 (66.7%) |")
-    assert lines[-1] == "| b | weights and biases of norms into what follows | 2 | 1 |"
+    assert lines[2].endswith("| 1 | 1 | 1 (100.0%) | 0 |")
+    assert lines[3].endswith("| 3 | 3 | 2 (66.7%) | 1 |")
+    assert lines[-1] == "| b | weights and biases of norms into what follows | 2 | 1 | 1 |"
 
 
 def test_the_table_names_what_is_out_of_contract():
