@@ -52,7 +52,7 @@ def opened(browser):
 @pytest.fixture(scope="module")
 def diff():
     torch._dynamo.reset()
-    model = nn.Sequential(*[roughened(Block()) for _ in range(3)], *head())
+    model = nn.Sequential(nn.Linear(8, 8), *[roughened(Block()) for _ in range(3)], *head())
     with torch.no_grad():
         return normfx.diff(model.eval(), options={"strict": True})(torch.ones(2, 8))
 
@@ -64,11 +64,11 @@ def page(diff, tmp_path, opened):
 
 
 def test_it_shows_the_norms_and_both_stages(page):
-    assert page.texts("#sites .name") == ["0.norm", "1.norm", "2.norm", "3"]
+    assert page.texts("#sites .name") == ["1.norm", "2.norm", "3.norm", "4"]
     assert "recentre" in page.texts("#sites li")[0]
     assert page.texts("#lefthead b, #righthead b") == ["capture", "lower"]
     assert "layer_norm" in "".join(page.texts(".row .gone"))
-    assert "sub(args.0" in "".join(page.texts(".row .new"))
+    assert "linear(v3, .weight'" in "".join(page.texts(".row .new"))
     assert re.search(r"bytes a call.*→", "".join(page.texts("#overview")), re.DOTALL)
 
 

@@ -253,7 +253,7 @@ def test_a_channel_that_never_changes():
         def forward(self, x):
             return self.out(self.norm(x))
 
-    x = torch.randn(32, 4)
+    x = torch.randn(512, 4)
     x[:, 2] = 1.5
     model = Dead()
     statistics = calibrate(model, [x])

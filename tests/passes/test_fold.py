@@ -311,7 +311,7 @@ return [v15]
 def test_a_weight_without_a_bias_makes_none():
     model = roughened(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 4, bias=False)))
     with torch.no_grad():
-        texts, _ = stages_of(model, torch.randn(64, 8))
+        texts, _ = stages_of(model, torch.randn(64, 8), rules=[RULE, "hoist"])
     assert_expected_inline(
         texts["lower"],
         """\
