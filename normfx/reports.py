@@ -9,8 +9,10 @@ import sys
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from normfx import pages
 from normfx.record import REFUSALS, Journal, NearMiss, Record, Refusal, Site
 
 
@@ -54,6 +56,20 @@ class Report:
         held = json.loads(text)
         graphs = held["graphs"] if "graphs" in held else [held]
         return cls(tuple(_journal(graph) for graph in graphs))
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes one page that needs no network, and returns its path."""
+        codes = {r.code for s in self.sites for r in s.records if r.code is not None}
+        return pages.write(
+            path,
+            "report",
+            report=self,
+            columns=_COLUMNS,
+            headline=_headline,
+            rows=_rows,
+            codes=sorted(codes, key=lambda code: code.value),
+            refusals=REFUSALS,
+        )
 
     def __str__(self) -> str:
         return _render(self)

@@ -90,6 +90,11 @@ def test_keyword_arguments():
     assert main(["verify", "mine:with_keywords"]) == 0
 
 
+def test_explain_writes_a_page(capsys, folder):
+    assert main(["explain", "mine:net", "--html", "page.html"]) == 0
+    assert capsys.readouterr().err == "wrote page.html\n"
+
+
 def test_diff(capsys):
     assert main(["diff", "mine:net", "--after", "rewrite", "--context", "0"]) == 0
     out = capsys.readouterr().out

@@ -15,6 +15,7 @@ from models import head, roughened
 from torch import nn
 
 import normfx
+from normfx.record import Journal, Site
 
 
 class Small(nn.Module):
@@ -95,6 +96,29 @@ no-affine: The norm has no weight and no bias. Nothing to do.
 writer-not-linear: What makes the norm's input is no linear operator or convolution, or of another dtype. Nothing to do; the norm stays.
 """,
     )
+
+
+def test_a_page_has_every_norm_decision_and_code(tmp_path):
+    report = small_report()
+    page = report.to_html(tmp_path / "report.html").read_text()
+    for site in report.sites:
+        assert site.kind in page
+        assert all(action in page for action in site.actions)
+        assert all(f"<dt>{code}</dt>" in page for code in site.refusals)
+    assert "Near miss" in page
+    assert "http" not in page  # nothing is loaded
+
+
+def test_a_page_escapes_names(tmp_path):
+    site = Site("<b>norm</b>", "LayerNorm", (-1,), 1e-5, "float32", '<script>".py:1')
+    page = normfx.Report((Journal(sites=[site]),)).to_html(tmp_path / "report.html").read_text()
+    assert "<b>" not in page
+    assert "<script>" not in page
+    assert "&lt;b&gt;norm" in page
+
+
+def test_a_page_without_graphs(tmp_path):
+    assert "No graph" in normfx.report().to_html(tmp_path / "report.html").read_text()
 
 
 def test_text_without_graphs():

@@ -66,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
         )
 
     model, shown = _model_options(), _shown()
-    command("explain", "list the norms of a model and what becomes of each", model, shown)
+    explain = command("explain", "list the norms of a model and what becomes of each", model, shown)
+    explain.add_argument("--html", metavar="PATH", help="also write a page")
     diff = command("diff", "show what the stages change in the graphs of a model", model, shown)
     diff.add_argument("--html", metavar="PATH", help="also write a page of all stages")
     diff.add_argument("--before", default="capture", metavar="STAGE", help="(default capture)")
@@ -99,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--mask", metavar="KEY", help="of the batch: which tokens are real")
     report = command("report", "print a report that was saved as JSON", shown)
+    report.add_argument("--html", metavar="PATH", help="also write a page")
     report.add_argument("file", metavar="FILE", help="of `explain --json` or a journal; -: stdin")
     return top
 

@@ -36,8 +36,14 @@ def explain(asked: argparse.Namespace) -> bool:
     loaded = _load(asked)
     with _called(asked, loaded):
         report = normfx.explain(loaded.model, **_settings(asked))(*loaded.args, **loaded.kwargs)
-    print(report.to_json() if asked.json else str(report).rstrip())
+    _reported(asked, report)
     return True
+
+
+def _reported(asked: argparse.Namespace, found: Report) -> None:
+    print(found.to_json() if asked.json else str(found).rstrip())
+    if asked.html is not None:
+        _wrote(found.to_html(asked.html))
 
 
 def diff(asked: argparse.Namespace) -> bool:
@@ -135,7 +141,7 @@ def report(asked: argparse.Namespace) -> bool:
         raise UsageError(
             f"{asked.file} is no report: expected what `normfx explain --json` prints"
         ) from error
-    print(found.to_json() if asked.json else str(found).rstrip())
+    _reported(asked, found)
     return True
 
 

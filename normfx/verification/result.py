@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from normfx import pages
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -161,19 +163,7 @@ class Verification:
 
     def to_html(self, path: str | Path) -> Path:
         """Writes one page that needs no network, and returns its path."""
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-
-        environment = Environment(
-            loader=PackageLoader("normfx", "verification"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        page = environment.get_template("page.html.jinja").render(verification=self, number=number)
-        path = Path(path)
-        path.write_text(page, encoding="utf-8")
-        return path
+        return pages.write(path, "verify", verification=self, number=number)
 
     def __str__(self) -> str:
         from normfx.verification.table import render
