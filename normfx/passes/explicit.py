@@ -32,7 +32,7 @@ def explicit(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if not g.is_call(node, *_SIZED, aten.type_as.default):
             continue
-        x, like = node.args
+        x, like = g.arguments(node).values()
         held, other = g.tensor(x), g.tensor(like)
         if held is None or other is None:
             continue
